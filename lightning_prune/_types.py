@@ -1,0 +1,17 @@
+"""The few types that the rooms of the house hand to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Scores: TypeAlias = dict[str, Tensor]
+"""One score tensor a parameter, keyed by its full ``named_parameters()`` name, shaped like the parameter."""
+
+Masks: TypeAlias = dict[str, Tensor]
+"""One bool tensor a parameter, keyed like :data:`Scores`; ``True`` marks a weight that is kept."""
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""``forward(module, batch) -> logits``: how a batch of any form becomes the model's output."""

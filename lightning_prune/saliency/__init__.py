@@ -1,0 +1,15 @@
+"""How much does each parameter matter? Batches in, :data:`~lightning_prune._types.Scores` out."""
+
+from lightning_prune.saliency.accumulator import SaliencyAccumulator, squared_gradients
+from lightning_prune.saliency.batches import default_forward, read_inputs, read_labels
+from lightning_prune.saliency.target import Likelihood, Target
+
+__all__ = [
+    "Likelihood",
+    "SaliencyAccumulator",
+    "Target",
+    "default_forward",
+    "read_inputs",
+    "read_labels",
+    "squared_gradients",
+]

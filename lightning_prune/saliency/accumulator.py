@@ -1,0 +1,185 @@
+"""Running sums of squared gradients over batches and processes.
+
+Enters: batches. Leaves: :data:`~lightning_prune._types.Scores`. The sums live in a ``torchmetrics.Metric``, which brings
+reset, device moves and the reduction across processes; :func:`squared_gradients` is its functional twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_prune._types import Forward, Scores
+from lightning_prune.saliency.engine import WORKSPACE, Engine, check_scores
+from lightning_prune.saliency.registry import in_score_precision
+from lightning_prune.saliency.target import Likelihood, Target
+
+
+def squared_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    target: Target = "probability",
+    likelihood: Likelihood = "categorical",
+    tolerance: float = 0.0,
+    forward: Forward | None = None,
+    parameters: Iterable[str] | None = None,
+    workspace: int = WORKSPACE,
+) -> Scores:
+    r"""Compute how strongly each parameter moves a model's predicted probabilities.
+
+    .. math:: R_i = \sum_x \sum_y \left(\frac{\partial P(y \mid x)}{\partial w_i}\right)^2
+
+    One square per sample x and class y, taken before any sum. The model is left as it was: mode, gradients, hooks,
+    ``requires_grad`` and random state, also after an exception. It is evaluated in eval mode with autocast off.
+
+    Args:
+        model: Any module. Samples must not interact (batch norm has to be in eval mode).
+        batches: Iterable of ``x``, ``(x, y)`` or dicts; axis 0 of every tensor counts samples.
+        target: ``"probability"`` (the formula above), ``"label_probability"`` (only y = the label), ``"fisher"``
+            (sum_y P (d log P/dw)^2), ``"empirical_fisher"`` ((d log P(label)/dw)^2).
+        likelihood: ``"categorical"`` (logits (N, C) or (N, C, ...), every position a prediction), ``"bernoulli"`` (one logit
+            an output), ``"gaussian"`` (the output itself, unit variance).
+        tolerance: Share of the output energy, sum over samples of the squared Frobenius norm of dP/dlogits, that may be
+            left out to save time, in [0, 1). 0 is exact to round-off.
+        forward: ``forward(module, batch) -> logits`` for batches or models that the default cannot read.
+        parameters: Names to score; None for all parameters, tied ones once.
+        workspace: Bytes of memory to use beyond the model, its activations and the scores.
+
+    Returns:
+        Full parameter name -> R (probability^2 per weight^2), shaped like the parameter; float32, or float64 for a float64
+        model. A sum over all samples, so twice the data gives twice the score.
+
+    Raises:
+        ValueError: Unknown parameter names, labels missing for a target that needs them, or outputs of the wrong shape.
+        BatchFormatError: The default forward cannot read a batch.
+        NonFiniteScoresError: Logits or scores are not finite.
+        SaliencyError: A parameter has no gradient path to the output, or samples of a batch are mixed.
+
+    Time is about one forward and backward pass of the data where closed forms apply; memory never holds a gradient for
+    each sample. In a distributed run every process gets the sum over its own batches; use :class:`SaliencyAccumulator` for the
+    sum over all of them.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(3, 2)
+        >>> x = torch.randn(5, 3)
+        >>> scores = squared_gradients(model, [x])
+        >>> p = model(x).softmax(-1)[:, 0]
+        >>> torch.allclose(scores["bias"][0], 2 * (p * (1 - p)).square().sum())
+        True
+    """
+    accumulator = SaliencyAccumulator(
+        model,
+        target=target,
+        likelihood=likelihood,
+        tolerance=tolerance,
+        forward=forward,
+        parameters=parameters,
+        workspace=workspace,
+    )
+    for batch in batches:
+        accumulator.update(batch)
+    if not accumulator.samples:
+        raise ValueError("Expected at least one batch to score but `batches` was empty.")
+    return accumulator.compute()
+
+
+class SaliencyAccumulator(Metric):
+    """Accumulate :func:`squared_gradients` batch by batch, and sum them across processes in :meth:`compute`.
+
+    The arguments are those of :func:`squared_gradients`. The model is referred to, not owned: it is no submodule of the metric.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = nn.Linear(3, 2), torch.randn(6, 3)
+        >>> accumulator = SaliencyAccumulator(model)
+        >>> accumulator.update(x[:4])
+        >>> accumulator.update(x[4:])
+        >>> torch.allclose(accumulator.compute()["weight"], squared_gradients(model, [x])["weight"])
+        True
+        >>> accumulator.samples
+        6
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    samples_seen: Tensor
+    energy: Tensor
+    dropped: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target: Target = "probability",
+        likelihood: Likelihood = "categorical",
+        tolerance: float = 0.0,
+        forward: Forward | None = None,
+        parameters: Iterable[str] | None = None,
+        workspace: int = WORKSPACE,
+    ) -> None:
+        super().__init__()
+        self._engine = Engine(
+            model,
+            target=target,
+            likelihood=likelihood,
+            tolerance=tolerance,
+            forward=forward,
+            parameters=parameters,
+            workspace=workspace,
+        )
+        self.names = list(self._engine.parameters)
+        for i, parameter in enumerate(self._engine.parameters.values()):
+            self.add_state(f"sum_{i}", in_score_precision(torch.zeros_like(parameter, requires_grad=False)), "sum")
+        for name in ("samples_seen", "energy", "dropped"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+
+    def check(self, batch: Any) -> None:
+        """Raise what scoring this batch would raise, at the cost of running two of its samples."""
+        self._engine.check(batch)
+
+    def update(self, batch: Any, logits: Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            batch: N samples in the form that ``forward`` reads.
+            logits: (N, ...) the model's output for this batch where it is known already; saves a forward pass.
+        """
+        report = self._engine.add(batch, self.sums, logits)
+        self.samples_seen += report.samples
+        self.energy += report.energy
+        self.dropped += report.dropped
+
+    def compute(self) -> Scores:
+        """Return the sums over everything seen, on all processes.
+
+        Raises:
+            SaliencyError: If a parameter never had a gradient path to the output.
+            NonFiniteScoresError: If a score is not finite.
+        """
+        self._engine.check_reached()
+        scores = {name: total.clone() for name, total in self.sums.items()}
+        check_scores(scores)
+        return scores
+
+    @property
+    def sums(self) -> Scores:
+        """The running sums of this process, not copied."""
+        return {name: getattr(self, f"sum_{i}") for i, name in enumerate(self.names)}
+
+    @property
+    def samples(self) -> int:
+        """How many samples this process has added since the last reset."""
+        return int(self.samples_seen)
+
+    @property
+    def dropped_energy(self) -> float:
+        """The share of the output energy that was left out, at most ``tolerance``."""
+        return float(self.dropped / self.energy) if float(self.energy) else 0.0

@@ -1,0 +1,163 @@
+"""A batch of any form: its model input, its labels, its size, a part of it.
+
+Enters: whatever the user's loader yields. Leaves: tensors, or a smaller batch of the same form. The one
+escape hatch for everything these functions cannot read is ``forward=lambda module, batch: logits``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.exceptions import BatchFormatError
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+"""Keys of a dict batch that hold labels, in order of preference."""
+
+WAY_OUT = "Pass `forward=lambda module, batch: logits` to say how your batches reach your model."
+
+
+def read_inputs(batch: Any) -> Tensor:
+    """Return the tensor that the default forward hands to the model.
+
+    Args:
+        batch: A tensor, a sequence that starts with a tensor such as ``(x, y)``, or a mapping with one entry that
+            is a tensor and no label (see :data:`LABEL_KEYS`).
+
+    Raises:
+        BatchFormatError: If the batch has none of these forms.
+
+    Example:
+        >>> read_inputs((torch.ones(2, 3), torch.zeros(2))).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        candidates = [v for k, v in batch.items() if isinstance(v, Tensor) and k not in LABEL_KEYS]
+        if len(candidates) == 1:
+            return candidates[0]
+        raise BatchFormatError(
+            f"Expected a dict batch with one input tensor beside its labels, but got the keys {list(batch)}. {WAY_OUT}"
+        )
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return batch[0]
+    raise BatchFormatError(
+        f"Expected a batch that is a tensor, a sequence starting with a tensor, or a dict, but got {_describe(batch)}. "
+        f"{WAY_OUT}"
+    )
+
+
+def read_labels(batch: Any) -> Tensor | None:
+    """Return the labels of a batch ``(x, y)`` or ``{"x": x, "y": y}``, or None where it carries none."""
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    return labels if isinstance(labels, Tensor) else None
+
+
+def default_forward(module: nn.Module, batch: Any) -> Tensor:
+    """Run ``module`` on a batch ``x``, ``(x, y)`` or a dict and return its logits.
+
+    A dict is passed by keyword as far as ``module.forward`` has parameters of these names (labels are left out), as
+    one tensor otherwise. An output with an attribute ``logits`` (Hugging Face) is unwrapped; its three-dimensional
+    logits are ``(N, T, C)`` by that library's convention and come back as ``(N, C, T)``, as torch's cross entropy
+    has them.
+
+    Raises:
+        BatchFormatError: If the batch cannot be read or the model does not accept what was read.
+    """
+    keywords = _keywords(module, batch) if isinstance(batch, Mapping) else {}
+    inputs = None if keywords else read_inputs(batch)
+    try:
+        output = module(**keywords) if keywords else module(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        called = ", ".join(keywords) if keywords else f"a tensor of shape {tuple(read_inputs(batch).shape)}"
+        raise BatchFormatError(
+            f"Expected {type(module).__name__} to accept {called}, read by the default forward from {_describe(batch)}, "
+            f"but it raised {type(error).__name__}: {error}. {WAY_OUT}"
+        ) from error
+    return unwrap_logits(output)
+
+
+def unwrap_logits(output: Any) -> Tensor:
+    """Return the logits in a model's output: the tensor itself, or its attribute ``logits``.
+
+    Raises:
+        BatchFormatError: If the output is neither.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits.transpose(1, 2) if logits.ndim == 3 else logits
+    raise BatchFormatError(f"Expected the model to return logits as a tensor, but got {_describe(output)}. {WAY_OUT}")
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples: the length of the first tensor in the batch.
+
+    Raises:
+        BatchFormatError: If the batch holds no tensor with a sample axis.
+    """
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise BatchFormatError(f"Expected a batch with a tensor whose axis 0 counts samples, but got {_describe(batch)}. {WAY_OUT}")
+
+
+def take_samples(batch: Any, index: Tensor) -> Any:
+    """Return a batch of the same form with the samples in ``index`` (repeats allowed).
+
+    Every tensor whose axis 0 has the length of the batch is indexed; everything else is passed on as it is.
+    """
+    size = batch_size(batch)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
+            return leaf.index_select(0, index.to(leaf.device))
+        return leaf
+
+    return pytree.tree_map(take, _plain(batch))
+
+
+def outside_inference_mode(batch: Any) -> Any:
+    """Return the batch with inference tensors cloned, so that autograd may save them.
+
+    Has to be called with inference mode off (``torch.inference_mode(False)``).
+    """
+
+    def clone(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return pytree.tree_map(clone, _plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    # Mappings of other libraries (Hugging Face's BatchEncoding) are leaves to pytree; a dict is not.
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {k: v for k, v in batch.items() if k not in LABEL_KEYS and (takes_any or k in parameters)}
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of " + ", ".join(type(v).__name__ for v in value[:4])
+    return f"a {type(value).__name__}"

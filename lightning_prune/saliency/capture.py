@@ -1,0 +1,239 @@
+"""Watch one forward pass: which torch functions take which parameters, and where their output gradients arrive.
+
+Enters: a function that runs the model. Leaves: a list of :class:`Call`, in order, and the names of parameters that were
+used in a way no rule covers. A ``TorchFunctionMode`` sees every call of a torch function on the Python side, whichever
+module, subclass or closure it comes from; nothing is attached to the model, and the mode ends with the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.exceptions import SaliencyError
+from lightning_prune.saliency import rules as _rules  # noqa: F401  (importing the rules registers them)
+from lightning_prune.saliency.registry import Rule, lookup
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of one or more parameters by a function with a rule.
+
+    Attributes:
+        rule: The class that knows the function.
+        arguments: The call's arguments by name.
+        names: Role (argument name) -> full name of the parameter passed there.
+        edge: Where autograd delivers the gradient at the output, unaffected by later changes in place.
+        shape: The output's shape.
+    """
+
+    rule: type[Rule]
+    arguments: Mapping[str, Any]
+    names: Mapping[str, str]
+    edge: GradientEdge
+    shape: torch.Size
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What has to be alike for a layout found on one batch to hold on another."""
+        return (self.rule, tuple(self.names.items()), len(self.shape))
+
+
+class Capture(TorchFunctionMode):
+    """Record the calls that take one of ``parameters`` while the mode is active.
+
+    Args:
+        parameters: Full name -> parameter, all of them requiring gradients.
+
+    Attributes:
+        calls: The captured calls, in order.
+        opaque: Names of parameters that have (also) been used where no rule applies.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._versions: list[tuple[Tensor, int, tuple[str, ...]]] = []
+        self.calls: list[Call] = []
+        self.opaque: set[str] = set()
+
+    def __torch_function__(  # noqa: D105
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        if func is F.batch_norm:
+            _refuse_batch_statistics(args, kwargs)
+        output = func(*args, **kwargs)
+        used = self._parameters_in((*args, *kwargs.values()))
+        if used and _carries_gradient(output):
+            self._record(func, args, kwargs, output, used)
+        return output
+
+    def _parameters_in(self, values: Iterable[Any]) -> set[str]:
+        found = set()
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                found |= self._parameters_in(value)
+            elif id(value) in self._names:
+                found.add(self._names[id(value)])
+        return found
+
+    def _record(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, used: set[str]
+    ) -> None:
+        rule = lookup(func)
+        if rule is None or not isinstance(output, Tensor) or len(args) > len(rule.signature):
+            # expand(2, 3) spells its sizes out; only the first argument matters there.
+            if rule is None or rule.signature[-1] != "sizes":
+                self.opaque |= used
+                return
+        arguments = {**dict(zip(rule.signature, args)), **kwargs}
+        names = {role: self._names[id(arguments[role])] for role in rule.roles if id(arguments.get(role)) in self._names}
+        if len(names) < len(used) or len(set(names.values())) < len(names) or not rule.accepts(arguments):
+            self.opaque |= used
+            return
+        for role in rule.inputs:
+            if isinstance(value := arguments[role], Tensor):
+                self._versions.append((value, value._version, tuple(used)))
+        self.calls.append(Call(rule, _detached(arguments), names, get_gradient_edge(output), output.shape))
+
+    def close(self) -> None:
+        """Send parameters whose inputs were changed in place after the call to the generic route."""
+        for value, version, names in self._versions:
+            if value._version != version:
+                self.opaque.update(names)
+        self._versions.clear()
+
+
+def _detached(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _carries_gradient(output: Any) -> bool:
+    if isinstance(output, (list, tuple)):
+        return any(_carries_gradient(value) for value in output)
+    return isinstance(output, Tensor) and output.requires_grad
+
+
+def _refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    training = kwargs.get("training", args[5] if len(args) > 5 else False)
+    if training:
+        raise SaliencyError(
+            "Expected batch norm to use its running statistics, but F.batch_norm was called with training=True: it mixes "
+            "the samples of a batch, so that P(y|x) of one sample is not defined. Call model.eval(), and give every "
+            "batch norm layer track_running_stats=True."
+        )
+
+
+def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a Python-level torch function that runs its body although a function mode is active.
+
+    The original hands itself to the mode again as its first act, which would never end; the functions called in its
+    body still reach the mode.
+    """
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"Expected a Python function but got {function!r}.")
+    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_ATTENTION = _without_dispatch(F.multi_head_attention_forward)
+
+
+@contextmanager
+def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put a model into the state in which it is scored, and back on exit, also after an exception.
+
+    Inside: eval mode, gradients on, inference mode and autocast off (scores are those of the weights as they are stored),
+    the given parameters require gradients, compiled modules run eagerly, and random numbers drawn by the model
+    (a stochastic forward) leave the caller's generators untouched.
+
+    Raises:
+        SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the message names it.
+    """
+    _check_batch_norm(model)
+    modes = {module: module.training for module in model.modules()}
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            _eager(),
+        ):
+            model.eval()
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def first_non_finite_layer(model: nn.Module) -> Iterator[list[str]]:
+    """Collect, in order of execution, the names of layers whose output is not finite."""
+    found: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+
+            def look(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                    found.append(name)
+
+            handles.append(module.register_forward_hook(look))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_batch_norm(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or module.running_mean is None:
+            reason = "is in train mode" if module.training else "keeps no running statistics"
+            raise SaliencyError(
+                f"Expected batch norm to use its running statistics, but layer '{name}' {reason}: it mixes the samples of a "
+                "batch, so that P(y|x) of one sample is not defined. Call model.eval() before scoring (Lightning's "
+                "validation does), and give the layer track_running_stats=True."
+            )
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    # A compiled module would be traced anew under the function mode. Older torch has no switch for it.
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield

@@ -1,0 +1,271 @@
+"""One batch -> its squared gradients, added to running sums.
+
+The order of work for a batch: logits (the validation step's own where given, else one cheap pass) say which rows of
+which samples carry the score; samples are grouped by how many rows they need; each group is run forward once under
+:class:`~lightning_prune.saliency.capture.Capture` and backward once a row; each captured call's rule turns output
+gradients into squared per-sample gradients. Which of these shortcuts is taken is chosen by cost; the number computed is the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._types import Forward
+from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
+from lightning_prune.saliency.batches import (
+    batch_size,
+    default_forward,
+    outside_inference_mode,
+    read_labels,
+    take_samples,
+    unwrap_logits,
+)
+from lightning_prune.saliency.capture import Capture, first_non_finite_layer, prepared
+from lightning_prune.saliency.grouping import Group, group_rows, whole_batch
+from lightning_prune.saliency.plan import (
+    Plan,
+    Signature,
+    add_for_direction,
+    build_rules,
+    finish,
+    make_plan,
+    signature,
+    uses_by_name,
+)
+from lightning_prune.saliency.registry import in_score_precision
+from lightning_prune.saliency.rules import generic
+from lightning_prune.saliency.target import Likelihood, Rows, Target, check_finite, check_target, output_rows
+
+WORKSPACE = 256 * 2**20
+"""Default work space in bytes beyond the model, its activations and the scores."""
+
+ROUND_OFF = 2.0**-10
+"""At tolerance 0 the energy left out is this part of the dtype's epsilon: far below the round-off of the sums."""
+
+SELECTION_WORK = 50_000
+"""Multiply-accumulates a row from which on choosing rows costs less than backpropagating all of them."""
+
+MANY_ROWS = 64
+"""With more rows a sample than this, rows are always chosen."""
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What one batch added: samples, the rows' squared norm, and the part of it that was left out."""
+
+    samples: int
+    energy: float
+    dropped: float
+
+
+class Engine:
+    """Squared gradients of a model's outputs, batch by batch.
+
+    Args:
+        model: Any module; a compiled one is scored through the module it was compiled from.
+        target: See :mod:`lightning_prune.saliency.target`.
+        likelihood: Likewise.
+        tolerance: Share of the rows' energy that may be left out.
+        forward: ``forward(module, batch) -> logits``; None reads ``x``, ``(x, y)`` and dicts.
+        parameters: Names to score; None for all of them.
+        workspace: Bytes of work space.
+
+    Raises:
+        ValueError: If a name is unknown, no parameter is left, or tolerance is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target: Target = "probability",
+        likelihood: Likelihood = "categorical",
+        tolerance: float = 0.0,
+        forward: Forward | None = None,
+        parameters: Iterable[str] | None = None,
+        workspace: int = WORKSPACE,
+    ) -> None:
+        if not 0.0 <= tolerance < 1.0:
+            raise ValueError(f"Expected argument `tolerance` to be in [0, 1) but got {tolerance}.")
+        check_target(target, likelihood)
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.target = target
+        self.likelihood = likelihood
+        self.tolerance = tolerance
+        self.forward = default_forward if forward is None else forward
+        self.workspace = workspace
+        self.parameters = named_tensors(model, parameters)
+        self.reached: set[str] = set()
+        self._plans: dict[Signature, Plan] = {}
+
+    def check(self, batch: Any) -> None:
+        """Find out, at the cost of two samples, whether this batch can be scored; raise what scoring would raise."""
+        with prepared(self.model, self.parameters), self._explained(batch):
+            batch = outside_inference_mode(batch)
+            self._make_plan(batch)
+            first = take_samples(batch, torch.tensor([0]))
+            self._rows(self._run(first), first)
+
+    def add(self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None = None) -> BatchReport:
+        """Add the batch's squared gradients to ``totals``, in place.
+
+        Args:
+            batch: N samples in the form that ``forward`` reads.
+            totals: Full name -> running sum.
+            logits: The model's output for this batch where it is known already, in the weights' precision.
+        """
+        if not batch_size(batch):
+            return BatchReport(0, 0.0, 0.0)
+        with prepared(self.model, self.parameters), self._explained(batch):
+            batch = outside_inference_mode(batch)
+            if not self._plans:
+                self._make_plan(batch)
+            if self._selects():
+                with torch.no_grad():
+                    logits = self._run(batch) if logits is None else logits.detach().clone()
+                rows = self._rows(logits, batch)
+                for group in group_rows(rows, self.workspace):
+                    self._add_group(take_samples(batch, group.samples), group, totals)
+            else:
+                rows = self._add_all_rows(batch, totals)
+        return BatchReport(batch_size(batch), rows.total, rows.dropped)
+
+    def check_reached(self) -> None:
+        """Raise SaliencyError if some parameter never had a gradient path to the output."""
+        missing = [name for name in self.parameters if name not in self.reached]
+        if missing:
+            raise SaliencyError(
+                f"Expected every parameter to have a gradient path to the output, but {missing} {'has' if len(missing) == 1 else 'have'} none. "
+                "Leave them out with `parameters=[...]`, or return the output that uses them from `forward`."
+            )
+
+    def _run(self, batch: Any) -> Tensor:
+        logits = unwrap_logits(self.forward(self.model, batch))
+        if logits.ndim == 0 or logits.shape[0] != batch_size(batch):
+            raise SaliencyError(
+                f"Expected logits with one row a sample, (N, ...) with N = {batch_size(batch)}, but got {tuple(logits.shape)}."
+            )
+        return logits
+
+    @contextmanager
+    def _explained(self, batch: Any) -> Iterator[None]:
+        """Say which sample and layer non-finite logits come from; they were found on some part of the batch."""
+        try:
+            yield
+        except NonFiniteScoresError:
+            batch = outside_inference_mode(batch)
+            with torch.no_grad(), first_non_finite_layer(self.model) as layers:
+                logits = self._run(batch)
+            try:
+                check_finite(logits)
+            except NonFiniteScoresError as error:
+                where = f" The first layer with such an output is '{layers[0]}'." if layers else ""
+                raise NonFiniteScoresError(f"{error}{where}") from None
+            raise
+
+    def _rows(self, logits: Tensor, batch: Any, rotate: bool = True) -> Rows:
+        round_off = ROUND_OFF * torch.finfo(in_score_precision(logits).dtype).eps
+        tolerance = max(self.tolerance, round_off) if rotate else 0.0
+        return output_rows(
+            logits,
+            target=self.target,
+            likelihood=self.likelihood,
+            tolerance=tolerance,
+            labels=read_labels(batch),
+            rotate=rotate,
+        )
+
+    def _make_plan(self, batch: Any) -> None:
+        key, plan = make_plan(self._run, batch, self.parameters, self.workspace)
+        self._plans[key] = plan
+        self.reached |= plan.closed | plan.generic
+
+    def _selects(self) -> bool:
+        """Decide by cost whether rows are chosen from logits first, or all of them are backpropagated."""
+        plan = next(reversed(self._plans.values()))
+        rows = plan.output.numel()
+        if self.likelihood == "categorical":
+            every_class = self.target in ("probability", "fisher")
+            rows = rows // plan.output[0] * (plan.output[0] if every_class else 1)
+        return rows > MANY_ROWS or (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
+
+    def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> Rows:
+        with Capture(self.parameters) as capture:
+            logits = self._run(batch)
+        capture.close()
+        rows = self._rows(logits, batch, rotate=False)
+        self._backward(batch, capture, logits, whole_batch(rows).gradients(logits), totals)
+        return rows
+
+    def _add_group(self, batch: Any, group: Group, totals: Mapping[str, Tensor]) -> None:
+        with Capture(self.parameters) as capture:
+            logits = self._run(batch)
+        capture.close()
+        self._backward(batch, capture, logits, group.gradients(logits), totals)
+
+    def _backward(
+        self, batch: Any, capture: Capture, logits: Tensor, rows: Tensor, totals: Mapping[str, Tensor]
+    ) -> None:
+        """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
+        key = signature(capture.calls, capture.opaque)
+        if key not in self._plans:
+            self._make_plan(batch)
+        plan = self._plans.get(key)
+        if plan is None or not plan.fits(capture.calls, len(logits)):
+            plan = Plan.all_generic(capture.calls, self.parameters, logits)
+        uses = {n: u for n, u in uses_by_name(capture.calls, plan.layouts).items() if n in plan.closed}
+        wanted = sorted({i for parts in uses.values() for i, _ in parts})
+        rules = build_rules(capture.calls, plan.layouts, set(wanted), len(logits), self.workspace)
+        gradients: list[Tensor | None] = [None] * len(capture.calls)
+        for k in range(len(rows) if wanted else 0):
+            found = torch.autograd.grad(
+                logits,
+                [capture.calls[i].edge for i in wanted],
+                rows[k],
+                retain_graph=k + 1 < len(rows),
+                allow_unused=True,
+            )
+            for i, gradient in zip(wanted, found):
+                gradients[i] = gradient
+            for name, parts in uses.items():
+                add_for_direction(parts, rules, gradients, totals[name])
+        for name, parts in uses.items():
+            finish(parts, rules, totals[name])
+        if plan.generic:
+            others = {name: self.parameters[name] for name in plan.generic}
+            self.reached |= generic.add_squared_gradients(self._run, batch, rows, logits, others, totals)
+
+
+def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+    """Return the parameters of these names (None: all of them, tied ones once), in the model's order.
+
+    Raises:
+        ValueError: Naming what is unknown and what is there.
+    """
+    known = dict(model.named_parameters(remove_duplicate=names is None))
+    if names is None:
+        chosen = known
+    else:
+        names = [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"Expected argument `parameters` to name parameters of the model but got {unknown}. It has {list(known)}.")
+        chosen = {name: known[name] for name in known if name in set(names)}
+    chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
+    if not chosen:
+        raise ValueError("Expected at least one floating point parameter to score, but the selection is empty.")
+    return chosen
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteScoresError naming the parameters whose scores are NaN or infinite."""
+    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+    if bad:
+        raise NonFiniteScoresError(f"Expected finite scores, but those of {bad} are not.")

@@ -1,0 +1,112 @@
+"""Rows -> groups of samples that are run together, so that little is computed for nothing.
+
+A sample that needs one row should not wait for one that needs nine. Samples are sorted by the number of rows they need
+and cut into groups; or, where that is cheaper, every row becomes a sample of its own (the sample is repeated).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.saliency.target import Rows
+
+FORWARD, BACKWARD, LAUNCH = 1.0, 2.0, 12.0
+"""Costs in units of one sample's forward pass: a sample forward, a row backward, and each pass's fixed cost."""
+
+SMALLEST = 16
+"""Samples a group should have before a new one is opened."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that are run together, and the rows that belong to them.
+
+    Attributes:
+        source: The batch's rows.
+        samples: (n,) indices into the batch, repeats allowed.
+        rows: (R,) indices of rows.
+        order: (R,) which backward pass takes a row.
+        place: (R,) which of the group's samples a row belongs to.
+    """
+
+    source: Rows
+    samples: Tensor
+    rows: Tensor
+    order: Tensor
+    place: Tensor
+
+    def gradients(self, logits: Tensor) -> Tensor:
+        """Return the gradients of the output, (K, n, *logits.shape[1:]), in the logits' dtype."""
+        passes = int(self.order.max()) + 1 if len(self.order) else 0
+        out = logits.new_zeros(passes, *logits.shape)
+        out[self.order, self.place] = self.source.vectors(self.rows).to(logits.dtype)
+        return out
+
+
+def group_rows(rows: Rows, workspace: int) -> list[Group]:
+    """Cut the rows of a batch into groups.
+
+    The gradients of the outputs of one group take at most a quarter of the workspace (a single sample's may take more).
+    """
+    if not len(rows.prediction):
+        return []
+    by_sample, sample, within = _enumerate(rows)
+    present, counts = sample.unique_consecutive(return_counts=True)
+    counts, order = counts.sort(descending=True, stable=True)
+    cuts = _cuts(counts.tolist(), _most_samples(rows, workspace))
+    if _cost(counts.tolist(), cuts) > len(sample) * (FORWARD + BACKWARD) + LAUNCH:
+        return _single_rows(rows, workspace)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    place = rank.repeat_interleave(counts[rank])
+    groups = []
+    for start, stop in zip([0, *cuts], [*cuts, len(counts)]):
+        mine = (place >= start) & (place < stop)
+        groups.append(Group(rows, present[order[start:stop]], by_sample[mine], within[mine], place[mine] - start))
+    return groups
+
+
+def whole_batch(rows: Rows) -> Group:
+    """Return one group with every sample of the batch, in its order."""
+    by_sample, sample, within = _enumerate(rows)
+    return Group(rows, torch.arange(rows.shape[0], device=sample.device), by_sample, within, sample)
+
+
+def _enumerate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows ordered by sample, their samples, and the number of each within its sample, all (S,)."""
+    sample, by_sample = rows.sample.sort(stable=True)
+    _, counts = sample.unique_consecutive(return_counts=True)
+    within = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return by_sample, sample, within
+
+
+def _single_rows(rows: Rows, workspace: int) -> list[Group]:
+    everything = torch.arange(len(rows.prediction), device=rows.prediction.device)
+    size = min(max(SMALLEST, rows.shape[0]), _most_samples(rows, workspace))
+    return [
+        Group(rows, rows.sample[part], part, torch.zeros_like(part), torch.arange(len(part), device=part.device))
+        for part in everything.split(size)
+    ]
+
+
+def _most_samples(rows: Rows, workspace: int) -> int:
+    return max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
+
+
+def _cuts(counts: list[int], most: int) -> list[int]:
+    """Return where to cut samples sorted by falling counts: at a change of count, once a group is large enough."""
+    cuts, start = [], 0
+    for i in range(1, len(counts)):
+        large = i - start >= SMALLEST and len(counts) - i >= SMALLEST // 2
+        if (counts[i] < counts[i - 1] and large) or (i - start + 1) * counts[start] > most:
+            cuts.append(i)
+            start = i
+    return cuts
+
+
+def _cost(counts: list[int], cuts: list[int]) -> float:
+    bounds = zip([0, *cuts], [*cuts, len(counts)])
+    return sum((b - a) * FORWARD + counts[a] * ((b - a) * BACKWARD + LAUNCH) for a, b in bounds)

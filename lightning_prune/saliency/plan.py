@@ -1,0 +1,213 @@
+"""Which parameters have closed forms in this model, proved on two of its samples.
+
+Enters: a model and a batch. Leaves: a :class:`Plan`. Two samples are run through the model once; plain autograd says what
+each parameter's squared gradients are, and only parameters for which the captured calls give the same number take the
+fast route. So a use of a parameter that went unseen, a sample axis that is not where it seemed, or samples that mix cannot
+end in a wrong score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_prune.saliency.batches import batch_size, take_samples
+from lightning_prune.saliency.capture import Call, Capture
+from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
+from lightning_prune.saliency.target import check_finite
+
+PROBE_SAMPLES = 2
+
+Signature: TypeAlias = tuple[Any, ...]
+"""What identifies the sequence of captured calls."""
+
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 2e-3}
+"""Largest difference, relative to a parameter's largest score, at which a closed form counts as proved."""
+
+
+@dataclass
+class Plan:
+    """What to do with the calls of one signature.
+
+    Attributes:
+        layouts: For each call, where it keeps the samples, or None if its parameters take the generic route.
+        closed: Names whose every use is covered.
+        generic: Names that take the generic route.
+        unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
+        work: Multiply-accumulates a sample and row, beyond the first layer: what one more row costs.
+        output: The shape of one sample's logits.
+        shapes: For each call, the shape of its output on the two samples.
+    """
+
+    layouts: list[Layout | None]
+    closed: set[str]
+    generic: set[str]
+    output: torch.Size
+    shapes: list[torch.Size] = field(default_factory=list)
+    unproved: set[str] = field(default_factory=set)
+    work: int = 0
+
+    def fits(self, calls: Sequence[Call], samples: int) -> bool:
+        """Tell whether every call holds as many positions a sample as it did when the plan was made.
+
+        Where a model routes each sample its own way, a layer's batch is not the model's batch.
+        """
+        for call, layout, probe in zip(calls, self.layouts, self.shapes):
+            if layout is not None:
+                axis = 1 if layout is Layout.SECOND else 0
+                if call.shape[axis] % samples or (axis and call.shape[axis] != samples):
+                    return False
+                if call.shape[axis] // samples != probe[axis] // PROBE_SAMPLES and call.shape[1:] == probe[1:]:
+                    return False
+        return True
+
+    @classmethod
+    def all_generic(cls, calls: Sequence[Call], parameters: Iterable[str], logits: Tensor) -> Plan:
+        """Return the plan that trusts no closed form."""
+        return cls([None] * len(calls), set(), set(parameters), logits.shape[1:])
+
+
+def signature(calls: Sequence[Call], opaque: set[str]) -> Signature:
+    """Return what two batches have in common when one plan fits both."""
+    return (*(call.signature for call in calls), frozenset(opaque))
+
+
+def make_plan(
+    run: Callable[[Any], Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
+) -> tuple[Signature, Plan]:
+    """Try the closed forms on the first and the last sample of a batch and compare them with autograd."""
+    size = batch_size(batch)
+    pair = take_samples(batch, torch.tensor([0, size - 1]))
+    with Capture(parameters) as capture:
+        logits = run(pair)
+    capture.close()
+    if not logits.requires_grad:
+        return signature(capture.calls, capture.opaque), Plan.all_generic(capture.calls, (), logits)
+    check_finite(logits)
+    gradients, exact, reached = _probe(logits, capture.calls, parameters)
+    layouts = [_find_layout(g) for g in gradients]
+    uses = uses_by_name(capture.calls, layouts)
+    closed, unproved = set(), set()
+    for name in reached - capture.opaque:
+        parts = uses.get(name)
+        if not parts:
+            continue
+        rules = build_rules(capture.calls, layouts, {i for i, _ in parts}, PROBE_SAMPLES, workspace)
+        found = torch.zeros_like(exact[name])
+        add_for_direction(parts, rules, [g[0] + g[1] for g in gradients], found)
+        finish(parts, rules, found)
+        scale = exact[name].max()
+        if (found - exact[name]).abs().max() <= _AGREEMENT.get(parameters[name].dtype, 0.1) * scale:
+            closed.add(name)
+            if not bool(scale > 0):
+                unproved.add(name)
+    work = sum(_macs(call, parameters) for call in capture.calls[1:])
+    return signature(capture.calls, capture.opaque), Plan(
+        layouts, closed, reached - closed, logits.shape[1:], [call.shape for call in capture.calls], unproved, work
+    )
+
+
+def uses_by_name(calls: Sequence[Call], layouts: Sequence[Layout | None]) -> dict[str, list[tuple[int, str]]]:
+    """Return name -> [(index of the call, role)]; a name with a call of unknown layout is left out."""
+    uses: dict[str, list[tuple[int, str]]] = {}
+    unknown = {name for call, layout in zip(calls, layouts) if layout is None for name in call.names.values()}
+    for i, call in enumerate(calls):
+        for role, name in call.names.items():
+            if name not in unknown:
+                uses.setdefault(name, []).append((i, role))
+    return uses
+
+
+def build_rules(
+    calls: Sequence[Call], layouts: Sequence[Layout | None], wanted: set[int], samples: int, workspace: int
+) -> dict[int, Rule]:
+    """Build the rule of each wanted call."""
+    built = {}
+    for i in wanted:
+        layout = layouts[i]
+        if layout is not None:
+            built[i] = calls[i].rule(calls[i].arguments, samples, layout, workspace)
+    return built
+
+
+def add_for_direction(
+    parts: Sequence[tuple[int, str]], rules: Mapping[int, Rule], gradients: Sequence[Tensor | None], total: Tensor
+) -> None:
+    """Add one direction's squared per-sample gradients of one parameter to ``total``; its uses are summed first."""
+    present = [(rules[i], role, g) for i, role in parts if (g := gradients[i]) is not None]
+    if len(present) == 1 and len(parts) == 1:
+        rule, role, gradient = present[0]
+        rule.add(role, gradient, total)
+        return
+    if not present:
+        return
+    samples = present[0][0].samples
+    step = min(rule.chunk(total) for rule, _, _ in present)
+    for start in range(0, samples, step):
+        rows = slice(start, start + step)
+        first, *others = (rule.per_sample(role, gradient, rows) for rule, role, gradient in present)
+        for other in others:
+            first = first + other
+        total += first.square().sum(0)
+
+
+def finish(parts: Sequence[tuple[int, str]], rules: Mapping[int, Rule], total: Tensor) -> None:
+    """Let a parameter's single rule add what it has put off."""
+    if len(parts) == 1:
+        rules[parts[0][0]].finish(parts[0][1], total)
+
+
+def _probe(
+    logits: Tensor, calls: Sequence[Call], parameters: Mapping[str, Tensor]
+) -> tuple[list[list[Tensor]], dict[str, Tensor], set[str]]:
+    """Backpropagate one direction from each sample by itself.
+
+    Returns for each call its two output gradients, for each parameter the exact sum of squares, and the names reached.
+    """
+    # Any direction without structure will do, and this one draws no random numbers.
+    direction = torch.arange(logits.numel(), device=logits.device).mul(1.7).cos().reshape(logits.shape).to(logits.dtype)
+    edges = [call.edge for call in calls]
+    gradients: list[list[Tensor]] = [[] for _ in calls]
+    exact = {name: torch.zeros_like(in_score_precision(p), requires_grad=False) for name, p in parameters.items()}
+    reached = set()
+    for n in range(PROBE_SAMPLES):
+        alone = torch.zeros_like(direction)
+        alone[n] = direction[n]
+        found = torch.autograd.grad(
+            logits, [*edges, *parameters.values()], alone, retain_graph=True, allow_unused=True
+        )
+        for i, call in enumerate(calls):
+            gradient = found[i]
+            gradients[i].append(logits.new_zeros(call.shape) if gradient is None else gradient)
+        for name, gradient in zip(parameters, found[len(calls) :]):
+            if gradient is not None:
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                exact[name] += in_score_precision(gradient).square()
+                reached.add(name)
+    return gradients, exact, reached
+
+
+def _find_layout(gradients: Sequence[Tensor]) -> Layout | None:
+    """Return the layout in which each sample's gradient stays in its own part, or None."""
+    first, second = gradients
+    for layout in Layout:
+        axis = 0 if layout is Layout.INTERLEAVED else layout.axis
+        if first.ndim <= axis or first.shape[axis] % PROBE_SAMPLES:
+            continue
+        if layout is Layout.SECOND and first.shape[1] != PROBE_SAMPLES:
+            continue
+        halves = [layout.split(g, PROBE_SAMPLES).movedim(layout.axis, 0) for g in (first, second)]
+        middle = len(halves[0]) // PROBE_SAMPLES
+        if not halves[0][middle:].any() and not halves[1][:middle].any():
+            return layout
+    return None
+
+
+def _macs(call: Call, parameters: Mapping[str, Tensor]) -> int:
+    weights = [parameters[name] for name in call.names.values()]
+    fan_in = max(weight[0].numel() if weight.ndim else 1 for weight in weights)
+    return call.shape.numel() // PROBE_SAMPLES * fan_in

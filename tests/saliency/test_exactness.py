@@ -1,0 +1,128 @@
+"""Scores against their definition, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
+from tests import reference
+from tests.cases import CASES, make
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_agrees_with_the_one_sample_loop(name: str) -> None:
+    model, batch = make(name)
+    expected = reference.squared_gradients(model, batch)
+    assert reference.largest_error(squared_gradients(model, [batch]), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_splitting_and_reordering_the_data_changes_nothing(name: str) -> None:
+    model, batch = make(name)
+    whole = squared_gradients(model, [batch])
+    parts = squared_gradients(model, [batch[2:].flip(0), batch[:2]])
+    assert reference.largest_error(parts, whole) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d strided, padded, dilated, grouped", "conv1d same padding", "batch norm", "layer norm"]
+)
+def test_scores_equal_the_jacobian_of_the_softmax(name: str) -> None:
+    model, batch = make(name)
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def probability(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, weights, (x[None],))[0].softmax(-1)
+
+    jacobian = vmap(jacrev(probability), in_dims=(None, 0))(parameters, batch)
+    expected = {k: j.square().sum((0, 1)) for k, j in jacobian.items()}
+    found = squared_gradients(model, [batch])
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10 * float(value.max()))
+
+
+@pytest.mark.parametrize("target", ["probability", "label_probability", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer", "dense prediction", "lstm"])
+def test_every_target_with_classes(name: str, target: str) -> None:
+    model, x = make(name)
+    with torch.no_grad():
+        logits = model(x)
+    y = torch.randint(0, logits.shape[1], (len(x), *logits.shape[2:]))
+    expected = reference.squared_gradients(model, (x, y), target=target)
+    assert reference.largest_error(squared_gradients(model, [(x, y)], target=target), expected) < 1e-9
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("target", ["probability", "label_probability", "fisher", "empirical_fisher"])
+def test_other_likelihoods(likelihood: str, target: str) -> None:
+    if (likelihood, target) == ("gaussian", "label_probability"):
+        pytest.skip("a density has no probability; refused, see test_errors")
+    model, x = make("mlp")
+    y = torch.randint(0, 2, (len(x), 4)).double()
+    options = {"target": target, "likelihood": likelihood}
+    expected = reference.squared_gradients(model, (x, y), **options)
+    assert reference.largest_error(squared_gradients(model, [(x, y)], **options), expected) < 1e-9
+
+
+def test_one_output_a_sample_without_a_class_axis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)).double()
+    x = torch.randn(5, 4).double()
+    expected = reference.squared_gradients(model, x, likelihood="bernoulli")
+    assert reference.largest_error(squared_gradients(model, [x], likelihood="bernoulli"), expected) < 1e-9
+
+
+def test_ignored_labels_are_no_predictions() -> None:
+    model, x = make("dense prediction")
+    y = torch.randint(0, 3, (3, 3, 3))
+    y[0] = -100
+    expected = reference.squared_gradients(model, (x, y), target="empirical_fisher")
+    assert reference.largest_error(squared_gradients(model, [(x, y)], target="empirical_fisher"), expected) < 1e-9
+
+
+def test_it_is_not_the_square_of_the_batch_gradient() -> None:
+    model, x = make("mlp")
+    p = model(x).softmax(-1)
+    wrong = sum(
+        torch.autograd.grad(p[:, c].sum(), model[0].weight, retain_graph=True)[0].square() for c in range(p.shape[1])
+    )
+    right = squared_gradients(model, [x])["0.weight"]
+    assert (wrong - right).abs().max() > 0.05 * right.max()
+
+
+def test_named_parameters_only_and_frozen_ones_too() -> None:
+    model, x = make("mlp")
+    model[0].weight.requires_grad_(False)
+    found = squared_gradients(model, [x], parameters=["0.weight"])
+    assert list(found) == ["0.weight"]
+    assert not model[0].weight.requires_grad
+    model[0].weight.requires_grad_(True)
+    torch.testing.assert_close(found["0.weight"], squared_gradients(model, [x])["0.weight"])
+
+
+def test_a_tied_parameter_answers_to_either_name() -> None:
+    model, x = make("tied weights")
+    first = squared_gradients(model, [x], parameters=["table.weight"])["table.weight"]
+    second = squared_gradients(model, [x], parameters=["head.weight"])["head.weight"]
+    torch.testing.assert_close(first, second)
+
+
+def test_known_logits_change_nothing() -> None:
+    model, x = make("conv2d strided, padded, dilated, grouped")
+    with torch.no_grad():
+        logits = model(x)
+    with_logits, without = SaliencyAccumulator(model), SaliencyAccumulator(model)
+    with_logits.update(x, logits)
+    without.update(x)
+    assert reference.largest_error(with_logits.compute(), without.compute()) < 1e-10
+
+
+@pytest.mark.parametrize("workspace", [1, 10_000, 2**28])
+@pytest.mark.parametrize("name", ["conv2d", "transformer", "transposed conv2d, grouped", "tied weights", "dense prediction"])
+def test_a_small_workspace_changes_nothing(name: str, workspace: int) -> None:
+    model, batch = make(name)
+    expected = squared_gradients(model, [batch])
+    assert reference.largest_error(squared_gradients(model, [batch], workspace=workspace), expected) < 1e-10
