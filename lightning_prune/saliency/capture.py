@@ -171,8 +171,9 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
     Raises:
         SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the message names it.
     """
-    _check_batch_norm(model)
-    modes = {module: module.training for module in model.modules()}
+    modules = dict(model.named_modules())
+    _check_batch_norm(modules)
+    training = [module for module in modules.values() if module.training]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
@@ -184,13 +185,14 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
             torch.autocast(device.type, enabled=False),
             _eager(),
         ):
-            model.eval()
+            for module in training:
+                module.training = False
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in training:
+            module.training = True
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
 
@@ -215,8 +217,8 @@ def first_non_finite_layer(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _check_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _check_batch_norm(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
         if module.training or module.running_mean is None:

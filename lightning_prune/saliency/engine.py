@@ -29,19 +29,11 @@ from lightning_prune.saliency.batches import (
 )
 from lightning_prune.saliency.capture import Capture, first_non_finite_layer, prepared
 from lightning_prune.saliency.grouping import Group, group_rows, whole_batch
-from lightning_prune.saliency.plan import (
-    Plan,
-    Signature,
-    add_for_direction,
-    build_rules,
-    finish,
-    make_plan,
-    signature,
-    uses_by_name,
-)
+from lightning_prune.saliency.plan import Plan, Signature, make_plan, signature
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rules import generic
-from lightning_prune.saliency.target import Likelihood, Rows, Target, check_finite, check_target, output_rows
+from lightning_prune.saliency.target import Likelihood, Rows, Target, check_finite, check_target, class_rows, output_rows
+from lightning_prune.saliency.uses import Uses
 
 WORKSPACE = 256 * 2**20
 """Default work space in bytes beyond the model, its activations and the scores."""
@@ -133,9 +125,8 @@ class Engine:
                 rows = self._rows(logits, batch)
                 for group in group_rows(rows, self.workspace):
                     self._add_group(take_samples(batch, group.samples), group, totals)
-            else:
-                rows = self._add_all_rows(batch, totals)
-        return BatchReport(batch_size(batch), rows.total, rows.dropped)
+                return BatchReport(batch_size(batch), rows.total, rows.dropped)
+            return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
 
     def check_reached(self) -> None:
         """Raise SaliencyError if some parameter never had a gradient path to the output."""
@@ -196,13 +187,16 @@ class Engine:
             rows = rows // plan.output[0] * (plan.output[0] if every_class else 1)
         return rows > MANY_ROWS or (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
 
-    def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> Rows:
+    def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> float:
         with Capture(self.parameters) as capture:
             logits = self._run(batch)
         capture.close()
-        rows = self._rows(logits, batch, rotate=False)
-        self._backward(batch, capture, logits, whole_batch(rows).gradients(logits), totals)
-        return rows
+        if logits.ndim == 2 and self.likelihood == "categorical" and self.target in ("probability", "fisher"):
+            gradients = class_rows(logits, self.target)
+        else:
+            gradients = whole_batch(self._rows(logits, batch, rotate=False)).gradients(logits)
+        self._backward(batch, capture, logits, gradients, totals)
+        return float(gradients.square().sum())
 
     def _add_group(self, batch: Any, group: Group, totals: Mapping[str, Tensor]) -> None:
         with Capture(self.parameters) as capture:
@@ -220,24 +214,12 @@ class Engine:
         plan = self._plans.get(key)
         if plan is None or not plan.fits(capture.calls, len(logits)):
             plan = Plan.all_generic(capture.calls, self.parameters, logits)
-        uses = {n: u for n, u in uses_by_name(capture.calls, plan.layouts).items() if n in plan.closed}
-        wanted = sorted({i for parts in uses.values() for i, _ in parts})
-        rules = build_rules(capture.calls, plan.layouts, set(wanted), len(logits), self.workspace)
-        gradients: list[Tensor | None] = [None] * len(capture.calls)
-        for k in range(len(rows) if wanted else 0):
-            found = torch.autograd.grad(
-                logits,
-                [capture.calls[i].edge for i in wanted],
-                rows[k],
-                retain_graph=k + 1 < len(rows),
-                allow_unused=True,
-            )
-            for i, gradient in zip(wanted, found):
-                gradients[i] = gradient
-            for name, parts in uses.items():
-                add_for_direction(parts, rules, gradients, totals[name])
-        for name, parts in uses.items():
-            finish(parts, rules, totals[name])
+        uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
+        for k in range(len(rows) if uses.indices else 0):
+            more = k + 1 < len(rows)
+            found = torch.autograd.grad(logits, uses.edges, rows[k], retain_graph=more, allow_unused=True)
+            uses.add(found, totals)
+        uses.finish(totals)
         if plan.generic:
             others = {name: self.parameters[name] for name in plan.generic}
             self.reached |= generic.add_squared_gradients(self._run, batch, rows, logits, others, totals)

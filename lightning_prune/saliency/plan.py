@@ -19,6 +19,7 @@ from lightning_prune.saliency.batches import batch_size, take_samples
 from lightning_prune.saliency.capture import Call, Capture
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
 from lightning_prune.saliency.target import check_finite
+from lightning_prune.saliency.uses import Uses
 
 PROBE_SAMPLES = 2
 
@@ -89,19 +90,15 @@ def make_plan(
         return signature(capture.calls, capture.opaque), Plan.all_generic(capture.calls, (), logits)
     check_finite(logits)
     gradients, exact, reached = _probe(logits, capture.calls, parameters)
-    layouts = [_find_layout(g) for g in gradients]
-    uses = uses_by_name(capture.calls, layouts)
+    layouts = [_find_layout(g, call.rule) for g, call in zip(gradients, capture.calls)]
+    uses = Uses(capture.calls, layouts, reached - capture.opaque, PROBE_SAMPLES, workspace)
+    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
+    uses.add([gradients[i][0] + gradients[i][1] for i in uses.indices], found)
+    uses.finish(found)
     closed, unproved = set(), set()
-    for name in reached - capture.opaque:
-        parts = uses.get(name)
-        if not parts:
-            continue
-        rules = build_rules(capture.calls, layouts, {i for i, _ in parts}, PROBE_SAMPLES, workspace)
-        found = torch.zeros_like(exact[name])
-        add_for_direction(parts, rules, [g[0] + g[1] for g in gradients], found)
-        finish(parts, rules, found)
+    for name, total in found.items():
         scale = exact[name].max()
-        if (found - exact[name]).abs().max() <= _AGREEMENT.get(parameters[name].dtype, 0.1) * scale:
+        if (total - exact[name]).abs().max() <= _AGREEMENT.get(parameters[name].dtype, 0.1) * scale:
             closed.add(name)
             if not bool(scale > 0):
                 unproved.add(name)
@@ -109,56 +106,6 @@ def make_plan(
     return signature(capture.calls, capture.opaque), Plan(
         layouts, closed, reached - closed, logits.shape[1:], [call.shape for call in capture.calls], unproved, work
     )
-
-
-def uses_by_name(calls: Sequence[Call], layouts: Sequence[Layout | None]) -> dict[str, list[tuple[int, str]]]:
-    """Return name -> [(index of the call, role)]; a name with a call of unknown layout is left out."""
-    uses: dict[str, list[tuple[int, str]]] = {}
-    unknown = {name for call, layout in zip(calls, layouts) if layout is None for name in call.names.values()}
-    for i, call in enumerate(calls):
-        for role, name in call.names.items():
-            if name not in unknown:
-                uses.setdefault(name, []).append((i, role))
-    return uses
-
-
-def build_rules(
-    calls: Sequence[Call], layouts: Sequence[Layout | None], wanted: set[int], samples: int, workspace: int
-) -> dict[int, Rule]:
-    """Build the rule of each wanted call."""
-    built = {}
-    for i in wanted:
-        layout = layouts[i]
-        if layout is not None:
-            built[i] = calls[i].rule(calls[i].arguments, samples, layout, workspace)
-    return built
-
-
-def add_for_direction(
-    parts: Sequence[tuple[int, str]], rules: Mapping[int, Rule], gradients: Sequence[Tensor | None], total: Tensor
-) -> None:
-    """Add one direction's squared per-sample gradients of one parameter to ``total``; its uses are summed first."""
-    present = [(rules[i], role, g) for i, role in parts if (g := gradients[i]) is not None]
-    if len(present) == 1 and len(parts) == 1:
-        rule, role, gradient = present[0]
-        rule.add(role, gradient, total)
-        return
-    if not present:
-        return
-    samples = present[0][0].samples
-    step = min(rule.chunk(total) for rule, _, _ in present)
-    for start in range(0, samples, step):
-        rows = slice(start, start + step)
-        first, *others = (rule.per_sample(role, gradient, rows) for rule, role, gradient in present)
-        for other in others:
-            first = first + other
-        total += first.square().sum(0)
-
-
-def finish(parts: Sequence[tuple[int, str]], rules: Mapping[int, Rule], total: Tensor) -> None:
-    """Let a parameter's single rule add what it has put off."""
-    if len(parts) == 1:
-        rules[parts[0][0]].finish(parts[0][1], total)
 
 
 def _probe(
@@ -191,10 +138,10 @@ def _probe(
     return gradients, exact, reached
 
 
-def _find_layout(gradients: Sequence[Tensor]) -> Layout | None:
+def _find_layout(gradients: Sequence[Tensor], rule: type[Rule]) -> Layout | None:
     """Return the layout in which each sample's gradient stays in its own part, or None."""
     first, second = gradients
-    for layout in Layout:
+    for layout in rule.layouts:
         axis = 0 if layout is Layout.INTERLEAVED else layout.axis
         if first.ndim <= axis or first.shape[axis] % PROBE_SAMPLES:
             continue

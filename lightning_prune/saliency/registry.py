@@ -62,6 +62,9 @@ class Rule(ABC):
     inputs: ClassVar[tuple[str, ...]] = ("input",)
     """Arguments that the rule keeps; they must not be changed in place before the backward pass."""
 
+    layouts: ClassVar[tuple[Layout, ...]] = tuple(Layout)
+    """Layouts that the rule can read, in the order in which they are tried."""
+
     def __init__(self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int) -> None:
         self.arguments = arguments
         self.samples = samples
@@ -80,13 +83,14 @@ class Rule(ABC):
         ``gradient`` is the gradient at the call's output as autograd returned it.
         """
 
-    def add(self, role: str, gradient: Tensor, total: Tensor) -> None:
-        """Add the sum over samples of squared per-sample gradients for one direction to ``total``."""
-        step = self.chunk(total)
-        for start in range(0, self.samples, step):
-            square_sum(self.per_sample(role, gradient, slice(start, start + step)), total)
+    def add(self, gradient: Tensor, totals: Mapping[str, Tensor]) -> None:
+        """Add the sum over samples of squared per-sample gradients for one direction to ``totals``, role by role."""
+        for role, total in totals.items():
+            step = self.chunk(total)
+            for start in range(0, self.samples, step):
+                square_sum(self.per_sample(role, gradient, slice(start, start + step)), total)
 
-    def finish(self, role: str, total: Tensor) -> None:
+    def finish(self, totals: Mapping[str, Tensor]) -> None:
         """Add what :meth:`add` has put off until all directions were seen."""
 
     def chunk(self, parameter: Tensor) -> int:

@@ -145,6 +145,23 @@ def output_rows(
     return _spend(p, classes, weight, tolerance, rotate, logits.shape)
 
 
+def class_rows(logits: Tensor, target: Target) -> Tensor:
+    """Return all rows of one prediction a sample, the class terms themselves: (C, N, C) in the logits' dtype.
+
+    The short way to what ``output_rows(..., rotate=False)`` describes, for the targets that sum over classes.
+    """
+    check_finite(logits)
+    check_labels(logits, None, target, "categorical")
+    p = logits.detach().double().softmax(-1)
+    top = p.argmax(1, keepdim=True)
+    rest = p.scatter(1, top, 0.0).sum(1, keepdim=True)
+    weight = p if target == "probability" else p.sqrt()
+    terms = weight.t()[:, :, None] * -p
+    # 1 - p, which has no digits left at the likeliest class unless it is summed from the others.
+    terms.diagonal(dim1=0, dim2=2).copy_(weight * (1 - p).scatter(1, top, rest))
+    return terms.to(logits.dtype)
+
+
 def check_finite(logits: Tensor) -> None:
     """Raise NonFiniteScoresError naming the first sample whose logits are NaN or infinite."""
     if bool(torch.isfinite(logits).all()):

@@ -24,6 +24,7 @@ class Conv(Rule):
     """``convNd(input, weight, bias, stride, padding, dilation, groups)``: weight (D_out, D_in / groups, *kernel)."""
 
     signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    layouts = (Layout.FIRST,)
 
     def __init__(self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int) -> None:
         super().__init__(arguments, samples, layout, workspace)

@@ -45,9 +45,9 @@ class Embedding(Rule):
             summed[entry == padding % vocabulary] = 0.0
         return sample, entry, summed
 
-    def add(self, role: str, gradient: Tensor, total: Tensor) -> None:  # noqa: D102
+    def add(self, gradient: Tensor, totals: Mapping[str, Tensor]) -> None:  # noqa: D102
         _, entry, summed = self._summed(gradient, slice(None))
-        total.index_add_(0, entry, summed.square_())
+        totals["weight"].index_add_(0, entry, summed.square_())
 
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
         sample, entry, summed = self._summed(gradient, rows)

@@ -38,20 +38,24 @@ class Linear(Rule):
         value = self.by_sample(value)
         return value.reshape(self.samples, -1, value.shape[-1])
 
-    def add(self, role: str, gradient: Tensor, total: Tensor) -> None:  # noqa: D102
+    def add(self, gradient: Tensor, totals: Mapping[str, Tensor]) -> None:  # noqa: D102
         if not self.one_position:
-            super().add(role, gradient, total)
+            super().add(gradient, totals)
             return
-        squares = self._positions(gradient).squeeze(1).square()
-        if role == "bias":
-            total += squares.sum(0)
+        gradient = self._positions(gradient).squeeze(1)
+        if self._squares is None:
+            self._squares = gradient.square()
         else:
-            self._squares = squares if self._squares is None else self._squares.add_(squares)
+            self._squares.addcmul_(gradient, gradient)
 
-    def finish(self, role: str, total: Tensor) -> None:  # noqa: D102
-        if role == "weight" and self._squares is not None:
-            total += self.outer(self._squares, self.activation.squeeze(1).square())
-            self._squares = None
+    def finish(self, totals: Mapping[str, Tensor]) -> None:  # noqa: D102
+        if self._squares is None:
+            return
+        if "weight" in totals:
+            totals["weight"].add_(self.outer(self._squares, self.activation.squeeze(1).square()))
+        if "bias" in totals:
+            totals["bias"].add_(self._squares.sum(0))
+        self._squares = None
 
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
         g = self._positions(gradient)[rows]
