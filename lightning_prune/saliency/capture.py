@@ -34,6 +34,7 @@ class Call:
         names: Role (argument name) -> full name of the parameter passed there.
         edge: Where autograd delivers the gradient at the output, unaffected by later changes in place.
         shape: The output's shape.
+        copies: How many copies of the output, one after another along axis 0, the gradient arrives for.
     """
 
     rule: type[Rule]
@@ -41,6 +42,7 @@ class Call:
     names: Mapping[str, str]
     edge: GradientEdge
     shape: torch.Size
+    copies: int = 1
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -53,15 +55,18 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: Full name -> parameter, all of them requiring gradients.
+        copies: Hand the model this many copies of the first captured call's output, as if the batch held so many times its
+            samples. What follows a costly first layer then runs once for all rows, instead of a backward pass a row.
 
     Attributes:
         calls: The captured calls, in order.
         opaque: Names of parameters that have (also) been used where no rule applies.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], copies: int = 1) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._copies = copies
         self._versions: list[tuple[Tensor, int, tuple[str, ...]]] = []
         self.calls: list[Call] = []
         self.opaque: set[str] = set()
@@ -82,7 +87,7 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs)
         used = self._parameters_in((*args, *kwargs.values()))
         if used and _carries_gradient(output):
-            self._record(func, args, kwargs, output, used)
+            return self._record(func, args, kwargs, output, used)
         return output
 
     def _parameters_in(self, values: Iterable[Any]) -> set[str]:
@@ -96,22 +101,27 @@ class Capture(TorchFunctionMode):
 
     def _record(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, used: set[str]
-    ) -> None:
+    ) -> Any:
         rule = lookup(func)
         if rule is None or not isinstance(output, Tensor) or len(args) > len(rule.signature):
             # expand(2, 3) spells its sizes out; only the first argument matters there.
             if rule is None or rule.signature[-1] != "sizes":
                 self.opaque |= used
-                return
+                return output
         arguments = {**dict(zip(rule.signature, args)), **kwargs}
         names = {role: self._names[id(arguments[role])] for role in rule.roles if id(arguments.get(role)) in self._names}
         if len(names) < len(used) or len(set(names.values())) < len(names) or not rule.accepts(arguments):
             self.opaque |= used
-            return
+            return output
         for role in rule.inputs:
             if isinstance(value := arguments[role], Tensor):
                 self._versions.append((value, value._version, tuple(used)))
-        self.calls.append(Call(rule, _detached(arguments), names, get_gradient_edge(output), output.shape))
+        copies = 1 if self.calls else self._copies
+        shape = output.shape
+        if copies > 1:
+            output = output.repeat(copies, *[1] * (output.ndim - 1))
+        self.calls.append(Call(rule, _detached(arguments), names, get_gradient_edge(output), shape, copies))
+        return output
 
     def close(self) -> None:
         """Send parameters whose inputs were changed in place after the call to the generic route."""

@@ -38,8 +38,8 @@ from lightning_prune.saliency.uses import Uses
 WORKSPACE = 256 * 2**20
 """Default work space in bytes beyond the model, its activations and the scores."""
 
-ROUND_OFF = 2.0**-10
-"""At tolerance 0 the energy left out is this part of the dtype's epsilon: far below the round-off of the sums."""
+ROUND_OFF = 1 / 16
+"""At tolerance 0 the share of energy left out is this part of the dtype's epsilon, below the round-off of the sums."""
 
 SELECTION_WORK = 50_000
 """Multiply-accumulates a row from which on choosing rows costs less than backpropagating all of them."""
@@ -137,11 +137,12 @@ class Engine:
                 "Leave them out with `parameters=[...]`, or return the output that uses them from `forward`."
             )
 
-    def _run(self, batch: Any) -> Tensor:
+    def _run(self, batch: Any, copies: int = 1) -> Tensor:
         logits = unwrap_logits(self.forward(self.model, batch))
-        if logits.ndim == 0 or logits.shape[0] != batch_size(batch):
+        expected = batch_size(batch) * copies
+        if logits.ndim == 0 or logits.shape[0] != expected:
             raise SaliencyError(
-                f"Expected logits with one row a sample, (N, ...) with N = {batch_size(batch)}, but got {tuple(logits.shape)}."
+                f"Expected logits with one row a sample, (N, ...) with N = {expected}, but got {tuple(logits.shape)}."
             )
         return logits
 
@@ -178,6 +179,10 @@ class Engine:
         self._plans[key] = plan
         self.reached |= plan.closed | plan.generic
 
+    def _plan_for(self, capture: Capture, logits: Tensor) -> Plan | None:
+        plan = self._plans.get(signature(capture.calls, capture.opaque))
+        return plan if plan is not None and plan.fits(capture.calls, len(logits)) else None
+
     def _selects(self) -> bool:
         """Decide by cost whether rows are chosen from logits first, or all of them are backpropagated."""
         plan = next(reversed(self._plans.values()))
@@ -188,11 +193,19 @@ class Engine:
         return rows > MANY_ROWS or (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
 
     def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> float:
-        with Capture(self.parameters) as capture:
-            logits = self._run(batch)
+        every_class = self.likelihood == "categorical" and self.target in ("probability", "fisher")
+        plan = next(reversed(self._plans.values()))
+        copies = plan.output[0] if every_class and plan.copying else 1
+        with Capture(self.parameters, copies) as capture:
+            logits = self._run(batch, copies)
         capture.close()
-        if logits.ndim == 2 and self.likelihood == "categorical" and self.target in ("probability", "fisher"):
-            gradients = class_rows(logits, self.target)
+        if copies > 1 and self._plan_for(capture, logits) is None:
+            plan.copying = False  # This batch takes another way through the model than the one the plan was made on.
+            return self._add_all_rows(batch, totals)
+        if every_class and logits.ndim == 2:
+            gradients = class_rows(logits[: len(logits) // copies], self.target)
+            if copies > 1:
+                gradients = gradients.reshape(1, len(logits), -1)
         else:
             gradients = whole_batch(self._rows(logits, batch, rotate=False)).gradients(logits)
         self._backward(batch, capture, logits, gradients, totals)
@@ -208,12 +221,9 @@ class Engine:
         self, batch: Any, capture: Capture, logits: Tensor, rows: Tensor, totals: Mapping[str, Tensor]
     ) -> None:
         """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
-        key = signature(capture.calls, capture.opaque)
-        if key not in self._plans:
+        if signature(capture.calls, capture.opaque) not in self._plans:
             self._make_plan(batch)
-        plan = self._plans.get(key)
-        if plan is None or not plan.fits(capture.calls, len(logits)):
-            plan = Plan.all_generic(capture.calls, self.parameters, logits)
+        plan = self._plan_for(capture, logits) or Plan.all_generic(capture.calls, self.parameters, logits)
         uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
         for k in range(len(rows) if uses.indices else 0):
             more = k + 1 < len(rows)

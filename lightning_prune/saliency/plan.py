@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.saliency.batches import batch_size, take_samples
 from lightning_prune.saliency.capture import Call, Capture
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
@@ -38,6 +39,7 @@ class Plan:
         layouts: For each call, where it keeps the samples, or None if its parameters take the generic route.
         closed: Names whose every use is covered.
         generic: Names that take the generic route.
+        copying: Whether the model may be handed copies of the first call's output (:class:`Capture`).
         unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
         work: Multiply-accumulates a sample and row, beyond the first layer: what one more row costs.
         output: The shape of one sample's logits.
@@ -51,13 +53,16 @@ class Plan:
     shapes: list[torch.Size] = field(default_factory=list)
     unproved: set[str] = field(default_factory=set)
     work: int = 0
+    copying: bool = False
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
         """Tell whether every call holds as many positions a sample as it did when the plan was made.
 
         Where a model routes each sample its own way, a layer's batch is not the model's batch.
         """
+        total = samples
         for call, layout, probe in zip(calls, self.layouts, self.shapes):
+            samples = total // call.copies
             if layout is not None:
                 axis = 1 if layout is Layout.SECOND else 0
                 if call.shape[axis] % samples or (axis and call.shape[axis] != samples):
@@ -65,6 +70,13 @@ class Plan:
                 if call.shape[axis] // samples != probe[axis] // PROBE_SAMPLES and call.shape[1:] == probe[1:]:
                     return False
         return True
+
+    def may_copy(self, calls: Sequence[Call]) -> bool:
+        """Tell whether copies of the first call's output could save backward passes: one prediction a sample, one use."""
+        if self.generic or len(self.output) != 1 or not calls or self.layouts[0] is not Layout.FIRST:
+            return False
+        first = set(calls[0].names.values())
+        return calls[0].shape[0] == PROBE_SAMPLES and not any(first & set(call.names.values()) for call in calls[1:])
 
     @classmethod
     def all_generic(cls, calls: Sequence[Call], parameters: Iterable[str], logits: Tensor) -> Plan:
@@ -78,7 +90,7 @@ def signature(calls: Sequence[Call], opaque: set[str]) -> Signature:
 
 
 def make_plan(
-    run: Callable[[Any], Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
+    run: Callable[..., Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
 ) -> tuple[Signature, Plan]:
     """Try the closed forms on the first and the last sample of a batch and compare them with autograd."""
     size = batch_size(batch)
@@ -97,15 +109,51 @@ def make_plan(
     uses.finish(found)
     closed, unproved = set(), set()
     for name, total in found.items():
-        scale = exact[name].max()
-        if (total - exact[name]).abs().max() <= _AGREEMENT.get(parameters[name].dtype, 0.1) * scale:
+        if _agree(total, exact[name], parameters[name].dtype):
             closed.add(name)
-            if not bool(scale > 0):
+            if not bool(exact[name].any()):
                 unproved.add(name)
-    work = sum(_macs(call, parameters) for call in capture.calls[1:])
-    return signature(capture.calls, capture.opaque), Plan(
-        layouts, closed, reached - closed, logits.shape[1:], [call.shape for call in capture.calls], unproved, work
-    )
+    plan = Plan(layouts, closed, reached - closed, logits.shape[1:])
+    plan.shapes = [call.shape for call in capture.calls]
+    plan.unproved = unproved
+    plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
+    plan.copying = plan.may_copy(capture.calls) and _copying_agrees(run, pair, parameters, plan, logits, exact, workspace)
+    return signature(capture.calls, capture.opaque), plan
+
+
+def _copying_agrees(
+    run: Callable[..., Tensor],
+    pair: Any,
+    parameters: Mapping[str, Tensor],
+    plan: Plan,
+    logits: Tensor,
+    exact: Mapping[str, Tensor],
+    workspace: int,
+) -> bool:
+    """Tell whether the model gives the same logits and scores when it is handed copies of the first call's output."""
+    try:
+        with Capture(parameters, copies=2) as capture:
+            copied = run(pair, 2)
+    except (RuntimeError, ValueError, IndexError, BatchFormatError):
+        return False  # The model uses its batch size, or its input, beyond the first layer.
+    if copied.shape != (2 * len(logits), *logits.shape[1:]) or not torch.allclose(copied, logits.repeat(2, 1), rtol=1e-3):
+        return False
+    uses = Uses(capture.calls, plan.layouts, plan.closed, len(copied), workspace)
+    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
+    direction = _direction(logits)
+    uses.add(torch.autograd.grad(copied, uses.edges, torch.cat([direction, 3 * direction]), allow_unused=True), found)
+    uses.finish(found)
+    # Two rows, one three times the other: 1 + 9 times the score of one.
+    return all(_agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items())
+
+
+def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
+    return bool((found - exact).abs().max() <= _AGREEMENT.get(dtype, 0.1) * exact.max())
+
+
+def _direction(logits: Tensor) -> Tensor:
+    """Return a direction without structure, drawn without random numbers."""
+    return torch.arange(logits.numel(), device=logits.device).mul(1.7).cos().reshape(logits.shape).to(logits.dtype)
 
 
 def _probe(
@@ -115,8 +163,7 @@ def _probe(
 
     Returns for each call its two output gradients, for each parameter the exact sum of squares, and the names reached.
     """
-    # Any direction without structure will do, and this one draws no random numbers.
-    direction = torch.arange(logits.numel(), device=logits.device).mul(1.7).cos().reshape(logits.shape).to(logits.dtype)
+    direction = _direction(logits)
     edges = [call.edge for call in calls]
     gradients: list[list[Tensor]] = [[] for _ in calls]
     exact = {name: torch.zeros_like(in_score_precision(p), requires_grad=False) for name, p in parameters.items()}

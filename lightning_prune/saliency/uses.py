@@ -23,7 +23,7 @@ class Uses:
         calls: All captured calls.
         layouts: For each call, where it keeps the samples, or None if that is unknown.
         names: The parameters wanted; those with a call of unknown layout are left out.
-        samples: N.
+        samples: N, times the copies of the capture.
         workspace: Bytes of work space for each rule.
 
     Attributes:
@@ -49,10 +49,11 @@ class Uses:
         self.indices = sorted({i for uses in parts.values() for i, _ in uses})
         self._edges = [calls[i].edge for i in self.indices]
         self._rules = {
-            i: calls[i].rule(calls[i].arguments, samples, layout, workspace)
+            i: calls[i].rule(calls[i].arguments, samples // calls[i].copies, layout, workspace)
             for i in self.indices
             if (layout := layouts[i]) is not None
         }
+        self._copies = {i: calls[i].copies for i in self.indices}
         self._several = {name: uses for name, uses in parts.items() if len(uses) > 1}
         self._single: dict[int, dict[str, str]] = {}
         for name, uses in parts.items():
@@ -69,7 +70,9 @@ class Uses:
         found = dict(zip(self.indices, gradients))
         for i, roles in self._single.items():
             if (gradient := found[i]) is not None:
-                self._rules[i].add(gradient, {role: totals[name] for role, name in roles.items()})
+                sums = {role: totals[name] for role, name in roles.items()}
+                for part in gradient.chunk(self._copies[i]):
+                    self._rules[i].add(part, sums)
         for name, uses in self._several.items():
             self._add_several([(i, role, g) for i, role in uses if (g := found[i]) is not None], totals[name])
 
