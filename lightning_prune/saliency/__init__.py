@@ -2,10 +2,12 @@
 
 from lightning_prune.saliency.accumulator import SaliencyAccumulator, squared_gradients
 from lightning_prune.saliency.batches import default_forward, read_inputs, read_labels
+from lightning_prune.saliency.signs import RandomSigns
 from lightning_prune.saliency.target import Likelihood, Target
 
 __all__ = [
     "Likelihood",
+    "RandomSigns",
     "SaliencyAccumulator",
     "Target",
     "default_forward",

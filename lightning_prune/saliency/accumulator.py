@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_prune._types import Forward, Scores
 from lightning_prune.saliency.engine import WORKSPACE, Engine, check_scores
 from lightning_prune.saliency.registry import in_score_precision
+from lightning_prune.saliency.signs import RandomSigns
 from lightning_prune.saliency.target import Likelihood, Target
 
 
@@ -28,6 +29,7 @@ def squared_gradients(
     tolerance: float = 0.0,
     forward: Forward | None = None,
     parameters: Iterable[str] | None = None,
+    signs: RandomSigns | None = None,
     workspace: int = WORKSPACE,
 ) -> Scores:
     r"""Compute how strongly each parameter moves a model's predicted probabilities.
@@ -48,6 +50,9 @@ def squared_gradients(
             left out to save time, in [0, 1). 0 is exact to round-off.
         forward: ``forward(module, batch) -> logits`` for batches or models that the default cannot read.
         parameters: Names to score; None for all parameters, tied ones once.
+        signs: Ask for an unbiased estimate from random signs instead, for outputs with very many positions (dense prediction,
+            language models); ``tolerance`` has no part in it. Its standard error:
+            :meth:`SaliencyAccumulator.standard_error`.
         workspace: Bytes of memory to use beyond the model, its activations and the scores.
 
     Returns:
@@ -80,6 +85,7 @@ def squared_gradients(
         tolerance=tolerance,
         forward=forward,
         parameters=parameters,
+        signs=signs,
         workspace=workspace,
     )
     for batch in batches:
@@ -123,6 +129,7 @@ class SaliencyAccumulator(Metric):
         tolerance: float = 0.0,
         forward: Forward | None = None,
         parameters: Iterable[str] | None = None,
+        signs: RandomSigns | None = None,
         workspace: int = WORKSPACE,
     ) -> None:
         super().__init__()
@@ -133,11 +140,14 @@ class SaliencyAccumulator(Metric):
             tolerance=tolerance,
             forward=forward,
             parameters=parameters,
+            signs=signs,
             workspace=workspace,
         )
         self.names = list(self._engine.parameters)
         for i, parameter in enumerate(self._engine.parameters.values()):
             self.add_state(f"sum_{i}", in_score_precision(torch.zeros_like(parameter, requires_grad=False)), "sum")
+            if signs is not None:
+                self.add_state(f"variance_{i}", torch.zeros_like(getattr(self, f"sum_{i}")), "sum")
         for name in ("samples_seen", "energy", "dropped"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
 
@@ -152,7 +162,11 @@ class SaliencyAccumulator(Metric):
             batch: N samples in the form that ``forward`` reads.
             logits: (N, ...) the model's output for this batch where it is known already; saves a forward pass.
         """
-        report = self._engine.add(batch, self.sums, logits)
+        if self._engine.signs is None:
+            report = self._engine.add(batch, self.sums, logits)
+        else:
+            variances = {name: getattr(self, f"variance_{i}") for i, name in enumerate(self.names)}
+            report = self._engine.add_estimate(batch, self.sums, variances)
         self.samples_seen += report.samples
         self.energy += report.energy
         self.dropped += report.dropped
@@ -168,6 +182,12 @@ class SaliencyAccumulator(Metric):
         scores = {name: total.clone() for name, total in self.sums.items()}
         check_scores(scores)
         return scores
+
+    def standard_error(self) -> Scores:
+        """Return the standard error of this process's estimate, shaped like the scores; zero where they are exact."""
+        if self._engine.signs is None:
+            return {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        return {name: getattr(self, f"variance_{i}").sqrt() for i, name in enumerate(self.names)}
 
     @property
     def sums(self) -> Scores:

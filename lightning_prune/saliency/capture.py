@@ -61,6 +61,7 @@ class Capture(TorchFunctionMode):
     Attributes:
         calls: The captured calls, in order.
         opaque: Names of parameters that have (also) been used where no rule applies.
+        indexed: Whether activations were picked by an index tensor or a mask.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], copies: int = 1) -> None:
@@ -70,6 +71,7 @@ class Capture(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int, tuple[str, ...]]] = []
         self.calls: list[Call] = []
         self.opaque: set[str] = set()
+        self.indexed = False
 
     def __torch_function__(  # noqa: D105
         self,
@@ -84,6 +86,8 @@ class Capture(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm:
             _refuse_batch_statistics(args, kwargs)
+        if func in _INDEXING and _carries_gradient(args) and _has_tensor(args[1:]):
+            self.indexed = True
         output = func(*args, **kwargs)
         used = self._parameters_in((*args, *kwargs.values()))
         if used and _carries_gradient(output):
@@ -129,6 +133,31 @@ class Capture(TorchFunctionMode):
             if value._version != version:
                 self.opaque.update(names)
         self._versions.clear()
+
+
+_INDEXING = frozenset(
+    {
+        torch.Tensor.__getitem__,
+        torch.Tensor.__setitem__,
+        torch.Tensor.index_select,
+        torch.index_select,
+        torch.Tensor.gather,
+        torch.gather,
+        torch.Tensor.masked_select,
+        torch.masked_select,
+        torch.Tensor.index_add,
+        torch.Tensor.index_add_,
+        torch.index_add,
+        torch.Tensor.scatter,
+        torch.scatter,
+        torch.Tensor.index_put,
+        torch.take_along_dim,
+    }
+)
+
+
+def _has_tensor(values: Iterable[Any]) -> bool:
+    return any(_has_tensor(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) for v in values)
 
 
 def _detached(arguments: Mapping[str, Any]) -> dict[str, Any]:

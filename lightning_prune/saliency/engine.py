@@ -29,9 +29,10 @@ from lightning_prune.saliency.batches import (
 )
 from lightning_prune.saliency.capture import Capture, first_non_finite_layer, prepared
 from lightning_prune.saliency.grouping import Group, group_rows, whole_batch
-from lightning_prune.saliency.plan import Plan, Signature, make_plan, signature
+from lightning_prune.saliency.plan import Plan, Signature, isolated, make_plan, signature
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rules import generic
+from lightning_prune.saliency.signs import RandomSigns, random_rows
 from lightning_prune.saliency.target import Likelihood, Rows, Target, check_finite, check_target, class_rows, output_rows
 from lightning_prune.saliency.uses import Uses
 
@@ -67,6 +68,7 @@ class Engine:
         tolerance: Share of the rows' energy that may be left out.
         forward: ``forward(module, batch) -> logits``; None reads ``x``, ``(x, y)`` and dicts.
         parameters: Names to score; None for all of them.
+        signs: Estimate from random signs instead of being exact; see :mod:`lightning_prune.saliency.signs`.
         workspace: Bytes of work space.
 
     Raises:
@@ -82,6 +84,7 @@ class Engine:
         tolerance: float = 0.0,
         forward: Forward | None = None,
         parameters: Iterable[str] | None = None,
+        signs: RandomSigns | None = None,
         workspace: int = WORKSPACE,
     ) -> None:
         if not 0.0 <= tolerance < 1.0:
@@ -93,6 +96,8 @@ class Engine:
         self.tolerance = tolerance
         self.forward = default_forward if forward is None else forward
         self.workspace = workspace
+        self.signs = signs
+        self._generator = None if signs is None else signs.generator()
         self.parameters = named_tensors(model, parameters)
         self.reached: set[str] = set()
         self._plans: dict[Signature, Plan] = {}
@@ -127,6 +132,38 @@ class Engine:
                     self._add_group(take_samples(batch, group.samples), group, totals)
                 return BatchReport(batch_size(batch), rows.total, rows.dropped)
             return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
+
+    def add_estimate(self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]) -> BatchReport:
+        """Add an unbiased estimate of the batch's squared gradients, and the variance of that estimate, in place.
+
+        The arguments are those of :meth:`add`. Needs ``signs``.
+        """
+        if self.signs is None or self._generator is None:
+            raise ValueError("Expected argument `signs` to say how many draws to make, but it is None.")
+        if not batch_size(batch):
+            return BatchReport(0, 0.0, 0.0)
+        draws = self.signs.draws
+        with prepared(self.model, self.parameters), self._explained(batch):
+            batch = outside_inference_mode(batch)
+            if not self._plans:
+                self._make_plan(batch)
+            means = {name: torch.zeros_like(total) for name, total in totals.items()}
+            spreads = {name: torch.zeros_like(total) for name, total in totals.items()}
+            for count in range(1, draws + 1):
+                with Capture(self.parameters) as capture:
+                    logits = self._run(batch)
+                capture.close()
+                rows = random_rows(logits, self.target, self.likelihood, read_labels(batch), self._generator)
+                one = {name: torch.zeros_like(total) for name, total in totals.items()}
+                self._backward(batch, capture, logits, rows[None], one)
+                for name, value in one.items():  # Welford's running mean and sum of squared differences
+                    before = value - means[name]
+                    means[name].add_(before, alpha=1 / count)
+                    spreads[name].addcmul_(before, value - means[name])
+        for name, mean in means.items():
+            totals[name].add_(mean)
+            variances[name].add_(spreads[name], alpha=1 / (draws * (draws - 1)))
+        return BatchReport(batch_size(batch), 0.0, 0.0)
 
     def check_reached(self) -> None:
         """Raise SaliencyError if some parameter never had a gradient path to the output."""
@@ -223,7 +260,9 @@ class Engine:
         """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
         if signature(capture.calls, capture.opaque) not in self._plans:
             self._make_plan(batch)
-        plan = self._plan_for(capture, logits) or Plan.all_generic(capture.calls, self.parameters, logits)
+        plan = self._plan_for(capture, logits)
+        if plan is None or (capture.indexed and not isolated(logits, capture.calls, plan.layouts)):
+            plan = Plan.all_generic(capture.calls, self.parameters, logits)
         uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
         for k in range(len(rows) if uses.indices else 0):
             more = k + 1 < len(rows)

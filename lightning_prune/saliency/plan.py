@@ -185,6 +185,26 @@ def _probe(
     return gradients, exact, reached
 
 
+def isolated(logits: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
+    """Tell whether every sample of this batch keeps to its own part of every call, at the cost of one backward pass.
+
+    The plan was proved on two samples; where a model picks samples or positions by index (experts, masks), another batch may be
+    laid out in another way although it looks the same.
+    """
+    known = [i for i, layout in enumerate(layouts) if layout is not None]
+    scattered = torch.arange(len(logits), device=logits.device).mul(1.7).sin() > 0
+    some = _direction(logits) * scattered.reshape(-1, *[1] * (logits.ndim - 1))
+    gradients = torch.autograd.grad(logits, [calls[i].edge for i in known], some, retain_graph=True, allow_unused=True)
+    for i, gradient in zip(known, gradients):
+        layout = layouts[i]
+        if gradient is None or layout is None:
+            continue
+        by_sample = layout.split(gradient, len(logits)).movedim(layout.axis, 0).reshape(len(logits), -1)
+        if by_sample[~scattered].any():
+            return False
+    return True
+
+
 def _find_layout(gradients: Sequence[Tensor], rule: type[Rule]) -> Layout | None:
     """Return the layout in which each sample's gradient stays in its own part, or None."""
     first, second = gradients

@@ -216,27 +216,37 @@ def check_labels(logits: Tensor, labels: Tensor | None, target: Target, likeliho
             )
 
 
+def output_weights(z: Tensor, target: Target, likelihood: Likelihood, labels: Tensor | None) -> Tensor:
+    """Return what multiplies each output's gradient, shaped like the outputs ``z`` (float64).
+
+    For the categorical likelihood: the weights of the class terms, zero for the classes that make none.
+    """
+    if likelihood == "categorical":
+        flat = z.movedim(1, -1).reshape(-1, z.shape[1])
+        classes, weight = _class_terms(flat.softmax(-1), target, None if labels is None else labels.reshape(-1))
+        weights = torch.zeros_like(flat).scatter_(1, classes, weight)
+        return weights.reshape(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)
+    y = torch.zeros_like(z) if labels is None else labels.to(z)
+    if likelihood == "gaussian":
+        return y - z if target == "empirical_fisher" else torch.ones_like(z)
+    p, q = z.sigmoid(), (-z).sigmoid()
+    # (dP/dw)^2 = (p q)^2 (dz/dw)^2 for either class, hence the factor 2 where both are summed.
+    return {
+        "probability": 2**0.5 * p * q,
+        "label_probability": p * q,
+        "fisher": (p * q).sqrt(),
+        "empirical_fisher": torch.where(y == 1, q, torch.where(y == 0, -p, y - p)),
+    }[target]
+
+
 def _independent_outputs(
     z: Tensor, target: Target, likelihood: Likelihood, tolerance: float, labels: Tensor | None
 ) -> Rows:
-    y = torch.zeros_like(z) if labels is None else labels.to(z)
-    if likelihood == "gaussian":
-        weight = y - z if target == "empirical_fisher" else torch.ones_like(z)
-    else:
-        p, q = z.sigmoid(), (-z).sigmoid()
-        # (dP/dw)^2 = (p q)^2 (dz/dw)^2 for either class, hence the factor 2 where both are summed.
-        weight = {
-            "probability": 2**0.5 * p * q,
-            "label_probability": p * q,
-            "fisher": (p * q).sqrt(),
-            "empirical_fisher": torch.where(y == 1, q, torch.where(y == 0, -p, y - p)),
-        }[target]
-    weight = weight.reshape(-1, 1)
+    weight = output_weights(z, target, likelihood, labels).reshape(-1, 1)
     energy = weight.square().squeeze(1)
     keep, dropped = _largest(energy, tolerance * float(energy.sum()))
-    return Rows(
-        keep, torch.zeros_like(keep)[:, None], weight[keep], None, energy[keep], float(energy.sum()), dropped, z.shape, False
-    )
+    rows = (keep, torch.zeros_like(keep)[:, None], weight[keep], None, energy[keep])
+    return Rows(*rows, float(energy.sum()), dropped, z.shape, False)
 
 
 def _class_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,27 @@ def test_routed_samples() -> None:
     assert reference.largest_error(squared_gradients(model, [x]), reference.squared_gradients(model, x)) < 1e-9
 
 
+class Sorted(nn.Module):
+    """Positions of all samples are processed in the order of their values: fine for two samples, mixed for more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 4).tanh() * torch.ones(4, requires_grad=True).to(x)
+        order = x.reshape(-1, 4)[:, 0].argsort()
+        back = order.argsort()
+        return self.head(self.inner(flat[order])[back].reshape(len(x), -1, 4).tanh().sum(1))
+
+
+def test_positions_sorted_across_samples() -> None:
+    torch.manual_seed(0)
+    model, x = Sorted().double(), torch.randn(6, 3, 4).double()
+    x[0, :, 0], x[-1, :, 0] = torch.tensor([-9.0, -8.0, -7.0]).double(), torch.tensor([7.0, 8.0, 9.0]).double()
+    assert reference.largest_error(squared_gradients(model, [x]), reference.squared_gradients(model, x)) < 1e-9
+
+
 def test_a_dict_batch_reaches_the_model_by_keyword_and_logits_are_unwrapped() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
