@@ -33,7 +33,8 @@ from lightning_prune.saliency.plan import Plan, Signature, isolated, make_plan, 
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rules import generic
 from lightning_prune.saliency.signs import RandomSigns, random_rows
-from lightning_prune.saliency.target import Likelihood, Rows, Target, check_finite, check_target, class_rows, output_rows
+from lightning_prune.saliency.rows import Rows
+from lightning_prune.saliency.target import Likelihood, Target, check_finite, check_target, class_rows, output_rows
 from lightning_prune.saliency.uses import Uses
 
 WORKSPACE = 256 * 2**20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.saliency.target import Rows
+from lightning_prune.saliency.rows import Rows
 
 FORWARD, BACKWARD, LAUNCH = 1.0, 2.0, 12.0
 """Costs in units of one sample's forward pass: a sample forward, a row backward, and each pass's fixed cost."""

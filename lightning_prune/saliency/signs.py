@@ -53,9 +53,6 @@ def random_rows(
     signs = torch.randint(0, 2, z.shape, generator=generator).to(z).mul_(2).sub_(1)
     if likelihood != "categorical":
         return (signs * output_weights(z, target, likelihood, labels)).to(logits.dtype)
+    terms = signs * output_weights(z, target, likelihood, labels)
     p = z.softmax(1)
-    if target in ("probability", "fisher"):
-        terms = signs * (p if target == "probability" else p.sqrt())
-    else:
-        terms = signs * output_weights(z, target, likelihood, labels)
     return (terms - terms.sum(1, keepdim=True) * p).to(logits.dtype)
