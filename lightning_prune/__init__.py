@@ -1,0 +1,40 @@
+"""Saliency pruning for PyTorch Lightning, with a generative model beside the network.
+
+The way of the data, room by room:
+
+    saliency    batches -> scores: how much does each parameter matter?
+    selection   scores -> masks: which weights stay?
+    schedules   epoch -> target: how many, and when?
+    masking     masks -> a model that keeps them, and statistics about it
+    augment     batch -> batch with generated samples
+    callbacks   Lightning's hooks -> calls to the rooms above
+"""
+
+from lightning_prune.callbacks import SaliencyPruningCallback, VAEAugmentCallback
+from lightning_prune.masking import SparsityMetric, sparsity
+from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
+from lightning_prune.schedules import (
+    ConstantRateSchedule,
+    CubicSchedule,
+    EpochSchedule,
+    LinearSchedule,
+    OneShotSchedule,
+    Schedule,
+)
+from lightning_prune.selection import Threshold
+
+__all__ = [
+    "ConstantRateSchedule",
+    "CubicSchedule",
+    "EpochSchedule",
+    "LinearSchedule",
+    "OneShotSchedule",
+    "SaliencyAccumulator",
+    "SaliencyPruningCallback",
+    "Schedule",
+    "SparsityMetric",
+    "Threshold",
+    "VAEAugmentCallback",
+    "sparsity",
+    "squared_gradients",
+]

@@ -1,0 +1,283 @@
+"""Train a generator beside a model, one batch at a time, and draw from it.
+
+Enters: the model's input batches. Leaves: a fitted generator and checked samples. The user's
+gradients, modes and random state are never touched, and every draw is a function of the seed and of
+its place in the run, so that a run continued from a checkpoint draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.augment.isolation import evaluating, own_randomness
+from lightning_prune.augment.vae import VAE, DenseVAE
+
+
+class GeneratorError(RuntimeError):
+    """A generator's loss or samples are not what the protocol asks for; the message says which."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What makes a module a generator: ``loss(x) -> scalar`` and ``sample(n) -> (n, *shape)``."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return what the generator's training minimises on a batch."""
+
+    def sample(self, n: int) -> Tensor:
+        """Return ``n`` new inputs."""
+
+
+class GeneratorFitter:
+    """A generator, its Adam, and its place in the run.
+
+    Args:
+        vae: The generator; a module with the methods of :class:`Generator`.
+        shape: Shape of one input.
+        dtype: Dtype of the inputs, and of what is drawn.
+        device: Where the generator lives.
+        learning_rate: Of Adam.
+        seed: What all random numbers follow from.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        learning_rate: float,
+        seed: int,
+    ) -> None:
+        self.vae = vae.to(device)
+        self.shape, self.dtype, self.device, self.seed = shape, dtype, device, seed
+        self.parameters = [p for p in vae.parameters() if p.requires_grad]
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        self.optimizer: torch.optim.Adam | None = None
+        if self.parameters:
+            self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=fused)
+        self.batches = 0
+        self.skipped = 0
+        self.draws: dict[str, int] = {}
+
+    @property
+    def trained(self) -> float:
+        """Training steps taken; infinite for a generator that has nothing to train."""
+        return self.batches - self.skipped if self.parameters else float("inf")
+
+    def step(
+        self, x: Tensor, *, rank: int = 0, average: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Take one training step on a batch (N, *shape).
+
+        Args:
+            x: The inputs; any device's or mode's tensor, never written to.
+            rank: This process's number: processes draw different noise.
+            average: The mean of a tensor over processes, keeping their generators the same.
+
+        Returns:
+            Detached scalars: ``loss``, and for our own VAEs ``reconstruction`` and ``kl``, in nats
+            per sample. Empty where loss or gradients were not finite: such a step is skipped, the
+            generator keeps its last good weights, and ``skipped`` counts up.
+
+        Raises:
+            GeneratorError: If ``loss`` returns no scalar or does not depend on the parameters.
+        """
+        self.batches += 1
+        if self.optimizer is None:
+            return {}
+        with self._isolated("fit", self.batches, rank), torch.enable_grad():
+            x = x.detach()
+            terms = self._terms(x.clone() if x.is_inference() else x)
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                terms["loss"], self.parameters, allow_unused=True
+            )
+        terms = {name: term.detach() for name, term in terms.items()}
+        used = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if average is not None:
+            buffers = [b for b in self.vae.buffers() if b.is_floating_point()]
+            average_in_place([g for _, g in used] + buffers + [terms["loss"]], average)
+        if not all_finite([terms["loss"], *(g for _, g in used)]):
+            self.skipped += 1
+            return {}
+        for parameter, gradient in used:
+            parameter.grad = gradient
+        self.optimizer.step()
+        for parameter, _ in used:
+            parameter.grad = None
+        return terms
+
+    def draw(self, n: int, purpose: str, *, rank: int = 0, index: int | None = None) -> Tensor:
+        """Return ``n`` checked samples (n, *shape), detached.
+
+        Args:
+            n: How many.
+            purpose: Draws with different purposes do not disturb one another.
+            rank: This process's number.
+            index: Repeat a certain draw; None is the next one.
+
+        Raises:
+            GeneratorError: If ``sample`` returns no tensor, the wrong shape, a kind of dtype other
+                than the inputs', or NaN or infinity.
+        """
+        if index is None:
+            index = self.draws[purpose] = self.draws.get(purpose, 0) + 1
+        with self._isolated(purpose, index, rank), torch.no_grad(), evaluating(self.vae):
+            return self._checked(self.vae.sample(n), n)  # type: ignore[operator]
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether a batch has the shape and the kind of dtype the generator was made for."""
+        return x.shape[1:] == self.shape and x.is_floating_point() == self.dtype.is_floating_point
+
+    def to(self, device: torch.device) -> None:
+        """Move the generator and its optimizer's state."""
+        if device == self.device:
+            return
+        self.device = device
+        self.vae.to(device)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the run depends on, as tensors and plain containers."""
+        return {
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": self.vae.settings if isinstance(self.vae, DenseVAE) else None,
+            "batches": self.batches,
+            "skipped": self.skipped,
+            "draws": dict(self.draws),
+            "vae": dict(self.vae.state_dict()),
+            "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], vae: nn.Module | None, *, learning_rate: float, seed: int
+    ) -> GeneratorFitter:
+        """Return a fitter, on the CPU, that continues from the state of another.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            vae: The generator the state belongs to; None builds our own again.
+            learning_rate: Of Adam, unless the state has one.
+            seed: The same as before, or the run will differ.
+
+        Raises:
+            ValueError: If the state is that of another generator.
+        """
+        dtype = getattr(torch, state["dtype"])
+        if vae is None:
+            if state["settings"] is None:
+                raise ValueError(
+                    "Expected the saved state of a default VAE, but it is that of a generator of "
+                    "your own. Give that again as `vae`."
+                )
+            vae = build_vae(state["settings"], dtype, seed=seed)
+        fitter = cls(
+            vae,
+            torch.Size(state["shape"]),
+            dtype,
+            torch.device("cpu"),
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        fitter._load(state)
+        return fitter
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self.vae.load_state_dict(state["vae"])
+            if self.optimizer is not None:
+                # Adam keeps the tensors it is given, and they may be another optimizer's.
+                self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"Expected the saved state of a {type(self.vae).__name__} like this one, but it "
+                f"does not fit: {error}. Give the generator that the checkpoint was written with."
+            ) from error
+        self.batches, self.skipped = state["batches"], state["skipped"]
+        self.draws = dict(state["draws"])
+
+    @contextmanager
+    def _isolated(self, *key: int | str) -> Iterator[None]:
+        with (
+            torch.inference_mode(False),
+            torch.autocast(self.device.type, enabled=False),
+            own_randomness(self.device, self.seed, *key),
+        ):
+            yield
+
+    def _terms(self, x: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.vae, VAE):
+            return self.vae.terms(x)._asdict()
+        loss = self.vae.loss(x)  # type: ignore[operator]
+        name = type(self.vae).__name__
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+            raise GeneratorError(
+                f"Expected {name}.loss(x) to return a scalar tensor, but got {found}. Reduce it "
+                "over the batch, e.g. by its mean."
+            )
+        if not loss.requires_grad:
+            raise GeneratorError(
+                f"Expected {name}.loss(x) to depend on the generator's parameters, but it carries "
+                "no gradient. To use a generator as it is, set requires_grad=False on its "
+                "parameters."
+            )
+        return {"loss": loss.reshape(())}
+
+    def _checked(self, sample: Any, n: int) -> Tensor:
+        expected = (n, *self.shape)
+        problem = None
+        if not isinstance(sample, Tensor):
+            problem = f"a {type(sample).__name__}"
+        elif sample.shape != expected:
+            problem = f"shape {tuple(sample.shape)}"
+        elif sample.is_floating_point() != self.dtype.is_floating_point:
+            problem = f"dtype {sample.dtype}"
+        elif not bool(sample.isfinite().all()):
+            problem = "values that are NaN or infinite"
+        if problem is not None:
+            raise GeneratorError(
+                f"Expected {type(self.vae).__name__}.sample({n}) to return finite values of shape "
+                f"{expected} and a dtype like {self.dtype}, but got {problem}. It had been trained "
+                f"for {self.trained} steps."
+            )
+        checked: Tensor = sample.detach().to(self.device, self.dtype)
+        return checked
+
+
+def build_vae(settings: dict[str, Any], dtype: torch.dtype, *, seed: int) -> DenseVAE:
+    """Return a default VAE for inputs of a dtype: in float64 for those, else in float32."""
+    with own_randomness(torch.device("cpu"), seed, "init"):
+        vae = DenseVAE(**settings)
+    return vae.double() if dtype == torch.float64 else vae
+
+
+def require_generator(vae: Any) -> None:
+    """Raise a TypeError unless ``vae`` is a module that keeps the protocol :class:`Generator`."""
+    if not (isinstance(vae, nn.Module) and isinstance(vae, Generator)):
+        raise TypeError(
+            "Expected argument `vae` to be a torch module with the methods `loss(x) -> scalar` and "
+            f"`sample(n) -> Tensor`, but got {type(vae).__name__}."
+        )
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; asks the device once."""
+    return not tensors or bool(torch.stack([t.sum() for t in tensors]).isfinite().all())
+
+
+def average_in_place(tensors: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:
+    """Replace tensors by their mean over processes, in one exchange."""
+    flat = average(torch.cat([t.detach().reshape(-1) for t in tensors]))
+    for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.detach().copy_(mean.view_as(tensor))

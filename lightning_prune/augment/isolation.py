@@ -1,0 +1,95 @@
+"""Passes that leave no trace: random numbers of our own, and a model borrowed in eval mode.
+
+Enters: a key that names a draw, or a module. Leaves: a context inside which one may draw or run a
+forward pass; on exit, also after an exception, everything is as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+WITHOUT_OWN_STATE = ("cpu", "mps", "meta")
+"""Device types beside which only the CPU's random state has to be kept (or can be: MPS has one
+state for all devices and no way to name it by device)."""
+
+
+def derived_seed(*key: int | str) -> int:
+    """Return a seed for the draw that ``key`` names, e.g. ``(seed, "fit", step, rank)``.
+
+    A draw that is a function of its name needs no generator state in a checkpoint, and two draws
+    with different names are independent whatever happened in between.
+
+    Example:
+        >>> derived_seed(0, "fit", 1) == derived_seed(0, "fit", 1)
+        True
+        >>> derived_seed(0, "fit", 1) == derived_seed(0, "fit", 2)
+        False
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
+    """Run a block on random numbers fixed by ``key``; the global random state is put back after it.
+
+    Works for code that knows no ``generator=`` argument, such as a user's ``loss`` and ``sample``.
+    Covers torch's CPU generator and that of ``device`` (not MPS).
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with own_randomness(torch.device("cpu"), 0, "draw", 7):
+        ...     first = torch.rand(3)
+        >>> with own_randomness(torch.device("cpu"), 0, "draw", 7):
+        ...     bool(torch.equal(first, torch.rand(3)))
+        True
+        >>> bool(torch.equal(before, torch.get_rng_state()))
+        True
+    """
+    seed = derived_seed(*key)
+    if device.type in WITHOUT_OWN_STATE:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    accelerator = torch.get_device_module(device)
+    index: Any = device.index
+    index = accelerator.current_device() if index is None else index
+    with torch.random.fork_rng(devices=[index], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        # Not torch.manual_seed: it would reseed every device, and only this one is put back.
+        with accelerator.device(index):
+            accelerator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[None]:
+    """Put every submodule in eval mode for a block; each gets its own mode back after it.
+
+    Flags are set one by one instead of through ``module.eval()``, so that a frozen submodule stays
+    as the user left it and an overridden ``train`` is not called.
+
+    Args:
+        module: The model to borrow.
+        differentiable: Leave recurrent layers in their mode, since cuDNN differentiates them in
+            training mode only.
+    """
+    changed = [
+        submodule
+        for submodule in module.modules()
+        if submodule.training and not (differentiable and isinstance(submodule, nn.RNNBase))
+    ]
+    for submodule in changed:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in changed:
+            submodule.training = True

@@ -1,0 +1,73 @@
+"""A model's weights of an earlier moment, kept as plain tensors, and what they answer.
+
+Enters: a model. Leaves: the logits it gave then. The model is never copied: its own modules run
+with the kept tensors in the place of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_prune._types import Forward
+from lightning_prune.augment.isolation import evaluating
+
+
+class Teacher:
+    """A model's parameters and buffers as they were.
+
+    Args:
+        weights: Tensors by their ``named_parameters()`` or ``named_buffers()`` name.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> teacher = Teacher.of(model)
+        >>> x = torch.ones(1, 2)
+        >>> before = model(x)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> bool(torch.equal(teacher.logits(model, x, lambda module, batch: module(batch)), before))
+        True
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = dict(weights)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Teacher:
+        """Keep what ``module`` is now. Costs the memory of its parameters and buffers."""
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return cls({name: tensor.detach().clone() for name, tensor in named})
+
+    def to(self, device: torch.device) -> None:
+        """Move the kept tensors."""
+        self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether every kept tensor has its place in ``module``."""
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {name: t.shape for name, t in named.items()} == {
+            name: t.shape for name, t in self.weights.items()
+        }
+
+    def logits(self, module: nn.Module, batch: Any, forward: Forward) -> Tensor:
+        """Return what ``forward(module, batch)`` gave with the kept weights, in eval mode."""
+        weights = {f"module.{name}": tensor for name, tensor in self.weights.items()}
+        with torch.no_grad(), evaluating(module):
+            logits: Tensor = functional_call(_Bound(module, forward), weights, (batch,))
+        return logits
+
+
+class _Bound(nn.Module):
+    """``forward(module, batch)`` as a module of its own, so that functional_call can run it."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = (forward,)  # in a tuple, lest a forward that is a module be registered
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.calls[0](self.module, batch)

@@ -1,0 +1,6 @@
+"""The only room that knows Lightning: hooks in, calls to the other rooms out."""
+
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
+
+__all__ = ["SaliencyPruningCallback", "VAEAugmentCallback"]

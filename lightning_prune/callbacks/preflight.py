@@ -1,0 +1,214 @@
+"""Everything that can be known to fail before the first training step, said before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_prune._targets import Target
+from lightning_prune.augment.isolation import evaluating
+from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.masking import find_prunable
+from lightning_prune.saliency import SaliencyAccumulator
+from lightning_prune.schedules import Schedule, planned_targets
+from lightning_prune.selection import Criterion
+
+SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+class PruningSetupError(MisconfigurationException, ValueError):
+    """Trainer, model and arguments do not fit together; the message lists every fault."""
+
+
+def refuse_trainer(trainer: Any) -> None:
+    """Refuse Trainers that cannot prune.
+
+    Raises:
+        PruningSetupError: It comes from the other Lightning package, or shards the parameters.
+    """
+    if not isinstance(trainer, Trainer):
+        raise PruningSetupError(
+            "Expected a Trainer of the package `lightning` (`import lightning as L`), but got "
+            f"{type(trainer).__module__}.{type(trainer).__qualname__}. The two do not mix: import "
+            "the Trainer and your module from `lightning`."
+        )
+    if isinstance(trainer.strategy, SHARDING):
+        raise PruningSetupError(
+            "Expected a strategy that keeps each parameter whole on every process (one device, or "
+            f"DDP), but got {type(trainer.strategy).__name__}, which shards parameters: per-weight "
+            "scores and masks do not follow the shards. Train with strategy='ddp'."
+        )
+
+
+def check_setup(
+    trainer: Trainer,
+    module: nn.Module,
+    *,
+    schedule: Schedule,
+    criterion: Criterion,
+    names: list[str] | None,
+    taken: Collection[str],
+    held: Mapping[str, Tensor],
+) -> tuple[dict[str, nn.Parameter], dict[int, Target] | None]:
+    """Check at fit start that Trainer, model and arguments fit together.
+
+    Args:
+        trainer: About to fit.
+        module: The model.
+        schedule: When how much is to be pruned.
+        criterion: By what.
+        names: Which parameters; ``None`` for the default.
+        taken: The parameters that another pruner of this Trainer prunes.
+        held: Masks and scores from a checkpoint or an earlier fit.
+
+    Returns:
+        The parameters to prune by name, and the events of the run (``None`` if unknown).
+
+    Raises:
+        PruningSetupError: They do not; the message lists every fault.
+    """
+    faults: list[str] = []
+    events = plan_events(trainer, schedule, faults)
+    if criterion.needs_scores:
+        faults += validation_faults(trainer, events, criterion.name)
+    parameters: dict[str, nn.Parameter] = {}
+    try:
+        parameters = find_prunable(module, names).parameters
+    except ValueError as error:
+        faults.append(str(error))
+    else:
+        faults += _fit_faults(held, parameters)
+    shared = [name for name in parameters if name in taken]
+    if shared:
+        faults.append(f"Two pruners of one Trainer share {shared}: give each its own `parameters`.")
+    if faults:
+        raise PruningSetupError("\n".join(faults))
+    return parameters, events
+
+
+def plan_events(
+    trainer: Trainer, schedule: Schedule, faults: list[str]
+) -> dict[int, Target] | None:
+    """Return the events of the run, ``None`` if unknown; add what is wrong to ``faults``."""
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 0:  # the fit is limited by steps or time, or not at all
+        if schedule.last_epoch is None:
+            return None
+        epochs = schedule.last_epoch + 1
+    try:
+        return planned_targets(schedule, range(epochs))
+    except ValueError as error:
+        faults.append(str(error))
+        return None
+
+
+def _fit_faults(held: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Say if what the pruner holds belongs to another model: one message, every parameter."""
+    lines = [
+        f"- {name!r}: expected shape {tuple(tensor.shape)}, but "
+        + (f"got {tuple(parameters[name].shape)}" if name in parameters else "it is not there")
+        for name, tensor in held.items()
+        if name not in parameters or parameters[name].shape != tensor.shape
+    ]
+    head = "The pruner holds masks of another model, from an earlier fit or a checkpoint:"
+    tail = "Use a new SaliencyPruningCallback for a new model."
+    return ["\n".join([head, *lines, tail])] if lines else []
+
+
+def validation_faults(
+    trainer: Trainer, events: dict[int, Target] | None, criterion: str
+) -> list[str]:
+    """Say which events would wait in vain for a validation to score.
+
+    Args:
+        trainer: At fit start.
+        events: Epoch -> target, ``None`` if unknown.
+        criterion: The name of a criterion that needs scores.
+    """
+    if events is not None and not events:
+        return []
+    way_out = "Or choose criterion='magnitude', which needs none."
+    if not trainer.enable_validation:
+        what = (
+            "but limit_val_batches is 0"
+            if trainer.limit_val_batches == 0
+            else "but the fit has no validation loader, or the module no validation_step"
+        )
+        return [f"criterion={criterion!r} is scored on the validation batches, {what}. {way_out}"]
+    every = trainer.check_val_every_n_epoch or 1
+    unseen = [epoch for epoch in events or {} if (epoch + 1) % every]
+    if not unseen:
+        return []
+    return [
+        f"criterion={criterion!r} is scored in the validation of an event's epoch, but with "
+        f"check_val_every_n_epoch={every} there is none in epoch {', '.join(map(str, unseen))} "
+        f"(counted from 0). Move the events to epochs {every - 1}, {2 * every - 1}, ... or "
+        f"validate every epoch. {way_out}"
+    ]
+
+
+def warn_if_cut_short(trainer: Trainer, schedule: Schedule) -> None:
+    """Warn when the fit ends before the schedule does."""
+    last, epochs = schedule.last_epoch, trainer.max_epochs
+    if last is None or epochs is None or getattr(trainer, "fast_dev_run", False):
+        return
+    if 0 < epochs <= last:
+        rank_zero_warn(
+            f"The pruning schedule has targets up to epoch {last}, but the fit ends after epoch "
+            f"{epochs - 1} (max_epochs={epochs}): the last targets will not be reached."
+        )
+
+
+def refuse_empty_validation(trainer: Trainer, criterion: str) -> None:
+    """Refuse validation loaders that are known to hold no batch.
+
+    Raises:
+        PruningSetupError: They have been set up and are all empty.
+    """
+    if trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
+        raise PruningSetupError(
+            f"criterion={criterion!r} is scored on the validation batches, but the validation "
+            "loader holds none. Give it data, or choose criterion='magnitude'."
+        )
+
+
+def check_batch(accumulator: SaliencyAccumulator, module: nn.Module, batch: Any) -> None:
+    """Raise what scoring this batch would raise, and leave model and random state as they were.
+
+    NaN is none of a set-up's faults: an event that meets one says so, and names its epoch.
+    """
+    with evaluating(module), isolate_rng():
+        try:
+            accumulator.check(batch)
+        except NonFiniteScoresError:
+            return
+
+
+def peek_batch(trainer: Trainer) -> Any:
+    """Return two validation samples as a batch on the device, ``None`` if a look is not enough.
+
+    For runs without a sanity check. The samples are indexed and collated by hand: iterating the
+    loader would advance its generator, which training may share.
+    """
+    loaders = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    with isolate_rng():
+        try:
+            first = [loader.dataset[i] for i in range(min(2, len(loader.dataset)))]  # type: ignore[arg-type]
+            batch = loader.collate_fn(first if loader.batch_size else first[0])
+        except (TypeError, KeyError, IndexError, NotImplementedError):
+            return None  # not indexed by 0, 1, ...: the first scored batch will have to tell
+        # The way of a batch in Lightning's evaluation loop:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,199 @@
+"""What a user sees of pruning: one line an event, a table at the end, scalars and histograms.
+
+Enters: records of events. Leaves: text, and calls to Lightning's loggers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_prune._targets import Target, Threshold
+from lightning_prune._types import Masks, Scores
+from lightning_prune.callbacks.pruning_state import PruningRecord
+
+HISTOGRAM_SAMPLES = 1_000_000
+"""A histogram looks at no more scores than this of a parameter, evenly spaced."""
+
+
+def plan_line(
+    criterion: str, parameters: Mapping[str, Tensor], events: Mapping[int, Target] | None
+) -> str:
+    """Return what a fit is going to prune, and when, as a sentence.
+
+    Example:
+        >>> plan_line("taylor", {"fc.weight": torch.zeros(100, 10)}, {2: 0.5, 4: 0.8})
+        "Pruning 1 parameter with 1,000 weights by 'taylor': epoch 2: 50.0 %, epoch 4: 80.0 %."
+    """
+    count = sum(parameter.numel() for parameter in parameters.values())
+    when = [f"epoch {epoch}: {describe_target(target)}" for epoch, target in (events or {}).items()]
+    shown = when if len(when) <= 8 else [*when[:4], "...", *when[-2:]]
+    if events is None:  # a callable, and no number of epochs to ask it for
+        shown = ["when the schedule says so"]
+    plural = "" if len(parameters) == 1 else "s"
+    return (
+        f"Pruning {len(parameters)} parameter{plural} with {count:,} weights by {criterion!r}: "
+        f"{', '.join(shown) or 'no event in this fit'}."
+    )
+
+
+def event_line(record: PruningRecord) -> str:
+    """Return an event as a sentence.
+
+    Example:
+        >>> print(event_line(_EXAMPLE))
+        Epoch 2: pruned to 50.0 % (500 of 1,000 weights left; removed scores up to 1.5e-07; 0.2 s).
+    """
+    cut = record["threshold"]
+    removed = "nothing removed" if cut is None else f"removed scores up to {cut:.2g}"
+    return (
+        f"Epoch {record['epoch']}: pruned to {100 * record['sparsity']:.1f} % "
+        f"({record['kept']:,} of {record['total']:,} weights left; {removed}; "
+        f"{record['seconds']:.1f} s)."
+    )
+
+
+def already_line(epoch: int, target: Target, sparsity: float) -> str:
+    """Say why a target makes no event."""
+    return (
+        f"Epoch {epoch}: nothing to prune, {describe_target(target)} is asked for and "
+        f"{100 * sparsity:.1f} % are removed already."
+    )
+
+
+def missed_line(missed: Iterable[int]) -> str:
+    """Say why targets that were due have made no event."""
+    return (
+        f"The pruning targets of epochs {list(missed)} were not reached: no validation has run in "
+        "these epochs, nor after them, to score the weights in."
+    )
+
+
+def table(history: list[PruningRecord]) -> str:
+    """Return the events as a table, and below it the density of each parameter after the last one.
+
+    Example:
+        >>> print(table([_EXAMPLE]))
+        epoch     target  sparsity  weights left  threshold  samples  seconds
+            2     50.0 %    50.0 %           500    1.5e-07       64      0.2
+        Left in each parameter: fc.weight 50.0 %
+    """
+    if not history:
+        return "No pruning event has happened."
+    rows = [
+        f"{'epoch':>5}{'target':>11}{'sparsity':>10}{'weights left':>14}{'threshold':>11}"
+        f"{'samples':>9}{'seconds':>9}"
+    ]
+    for record in history:
+        cut = "-" if record["threshold"] is None else f"{record['threshold']:.2g}"
+        rows.append(
+            f"{record['epoch']:>5}{describe_target(record['target']):>11}"
+            f"{100 * record['sparsity']:>8.1f} %{record['kept']:>14,}{cut:>11}"
+            f"{record['samples'] or '-':>9}{record['seconds']:>9.1f}"
+        )
+    left = ", ".join(f"{name} {100 * d:.1f} %" for name, d in history[-1]["density"].items())
+    return "\n".join([*rows, f"Left in each parameter: {left}"])
+
+
+def describe_target(target: Target) -> str:
+    """Return a target in few characters.
+
+    Example:
+        >>> describe_target(0.5), describe_target(Threshold(1e-6))
+        ('50.0 %', '> 1e-06')
+    """
+    return f"> {target.value:.2g}" if isinstance(target, Threshold) else f"{100 * target:.1f} %"
+
+
+def metrics(
+    history: list[PruningRecord], names: Iterable[str], prefix: str = "prune"
+) -> dict[str, float]:
+    """Return the state of pruning as scalars: complete from the first epoch, before any event.
+
+    ``prune/target`` is what the last event asked for: a share, or ``T`` of a threshold.
+
+    Args:
+        history: The events so far.
+        names: The parameters that are pruned.
+        prefix: What stands before the slash; a second pruner in a Trainer needs its own.
+    """
+    if not history:
+        densities = {f"{prefix}/density/{name}": 1.0 for name in names}
+        return {f"{prefix}/sparsity": 0.0, f"{prefix}/target": 0.0, **densities}
+    last = history[-1]
+    target = last["target"]
+    found = {
+        f"{prefix}/sparsity": last["sparsity"],
+        f"{prefix}/target": target.value if isinstance(target, Threshold) else target,
+        f"{prefix}/dropped_energy": last["dropped_energy"],
+        **{f"{prefix}/density/{name}": share for name, share in last["density"].items()},
+    }
+    if last["threshold"] is not None:
+        found[f"{prefix}/threshold"] = last["threshold"]
+    return found
+
+
+def log_metrics(trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+    """Log scalars from an epoch hook by Lightning's own ``log``; one is for the progress bar."""
+    if trainer.barebones:
+        return
+    how: dict[str, Any] = {
+        "on_step": False,
+        "on_epoch": True,
+        "batch_size": 1,
+        "sync_dist": trainer.world_size > 1,  # the same on all ranks; a mean of equals
+    }
+    for name, value in values.items():
+        pl_module.log(name, value, prog_bar=name.endswith("/sparsity"), **how)
+
+
+def log_after_fit(trainer: Trainer, values: dict[str, float]) -> None:
+    """Write scalars straight to the loggers: after the last epoch Lightning's ``log`` is closed."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+def log_histograms(trainer: Trainer, scores: Scores, masks: Masks, prefix: str = "prune") -> None:
+    """Write a histogram of log10(score) for each parameter, where the logger takes histograms.
+
+    Zeros have no logarithm and are left out, and so are weights that were removed before.
+
+    Args:
+        trainer: Its loggers are asked for ``experiment.add_histogram``, as TensorBoard's has it.
+        scores: The scores by which an event decided.
+        masks: The masks before the event; a parameter without one is complete.
+        prefix: What stands before the first slash.
+    """
+    experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    writers = [e for e in experiments if callable(getattr(e, "add_histogram", None))]
+    if not writers:
+        return
+    for name, score in scores.items():
+        values = _spread(score if name not in masks else score[masks[name].to(score.device)])
+        values = values[values > 0].log10().cpu()
+        for writer in writers if values.numel() else ():
+            writer.add_histogram(f"{prefix}/score_log10/{name}", values, trainer.global_step)
+
+
+def _spread(score: Tensor) -> Tensor:
+    """Return the scores of a parameter in one row, thinned out evenly if there are too many."""
+    flat = score.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // HISTOGRAM_SAMPLES))].to(torch.float64)
+
+
+_EXAMPLE = PruningRecord(
+    epoch=2,
+    target=0.5,
+    sparsity=0.5,
+    kept=500,
+    total=1000,
+    density={"fc.weight": 0.5},
+    threshold=1.5e-7,
+    samples=64,
+    dropped_energy=0.0,
+    seconds=0.2,
+)

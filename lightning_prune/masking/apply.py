@@ -1,0 +1,206 @@
+"""Masked weights are exactly zero: now, and after every optimizer step.
+
+Per step the work is two passes over the weights (gradients before the update, weights after it),
+each a bitwise *and* with a pattern of ones and zeros. That runs at memory speed, where
+``masked_fill_`` takes ten times as long, and unlike a multiplication it leaves neither ``-0.0`` nor
+a NaN behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from lightning_prune._types import Masks
+
+_INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MaskKeeper:
+    """Hold a model's masks and keep the masked weights at zero while attached.
+
+    The keeper owns the masks; the model carries nothing of it. :meth:`attach` starts and
+    :meth:`release` ends the enforcement, also as a context manager. The masks outlive both: they
+    can be attached again, to another model with the same parameters too. Memory: while attached,
+    one byte a weight for its mask, and as much as the weights themselves for the bit patterns.
+
+    Args:
+        masks: Masks to start with.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        >>> keeper = MaskKeeper({"weight": torch.tensor([[True, False]])})
+        >>> with keeper.attach(dict(layer.named_parameters()), [optimizer]):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         layer(torch.ones(4, 2)).sum().backward()
+        ...         optimizer.step()
+        >>> layer.weight[0, 1].item(), keeper.attached
+        (0.0, False)
+    """
+
+    def __init__(self, masks: Masks | None = None) -> None:
+        self._kept: Masks = {name: mask.clone() for name, mask in (masks or {}).items()}
+        self._parameters: dict[str, Tensor] = {}
+        self._optimizers: dict[int, Optimizer] = {}
+        self._handles: list[RemovableHandle] = []
+        self._patterns: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def masks(self) -> Masks:
+        """A copy of the masks in force, by parameter name; empty if there are none yet."""
+        return {name: mask.clone() for name, mask in self._kept.items()}
+
+    @property
+    def attached(self) -> bool:
+        """Whether a model's weights are being kept at zero."""
+        return bool(self._parameters)
+
+    def attach(self, parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> Self:
+        """Enforce the masks on these parameters, now and after every step of these optimizers.
+
+        Args:
+            parameters: The parameters that masks may be about, by full name.
+            optimizers: Whose steps are followed; more can be added by :meth:`follow`.
+
+        Raises:
+            ValueError: A mask in force has no parameter, or another shape than its parameter.
+        """
+        self.release()
+        _check_fit(self._kept, parameters)
+        self._parameters = dict(parameters)
+        self.follow(optimizers)
+        self._enforce()
+        return self
+
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Register step hooks on the optimizers that do not have them yet."""
+        for optimizer in optimizers:
+            if id(optimizer) not in self._optimizers:
+                self._optimizers[id(optimizer)] = optimizer
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def update(self, masks: Masks) -> None:
+        """Put new masks in force; if attached, zero the weights, gradients and optimizer state.
+
+        Raises:
+            ValueError: A mask has no parameter, or another shape than its parameter.
+        """
+        if self.attached:
+            _check_fit(masks, self._parameters)
+        self._kept = {name: mask.detach().clone() for name, mask in masks.items()}
+        self._enforce()
+
+    def zero_weights(self) -> None:
+        """Set every masked weight to +0.0."""
+        for parameter, pattern in self._patterns:
+            _and_(parameter, pattern)
+
+    def zero_gradients(self) -> None:
+        """Set the gradients of masked weights to zero: they do not count in a norm, nor move."""
+        for parameter, pattern in self._patterns:
+            if parameter.grad is not None:
+                _zero_gradient(parameter.grad, pattern)
+
+    def release(self) -> None:
+        """End the enforcement: remove all hooks and forget the model. The masks stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers.clear()
+        self._patterns.clear()
+        for name, parameter in self._parameters.items():
+            if name in self._kept:  # the model may have moved to another device since
+                self._kept[name] = self._kept[name].to(parameter.device)
+        self._parameters = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (deepcopy, pickle) takes the masks along, not the model nor the optimizers' hooks.
+        return {**MaskKeeper().__dict__, "_kept": self._kept}
+
+    def _enforce(self) -> None:
+        self._patterns = []
+        for name, parameter in self._parameters.items():
+            if name in self._kept:
+                kept = self._kept[name] = self._kept[name].to(parameter.device)
+                self._patterns.append((parameter, _pattern(kept, parameter.dtype)))
+                _zero_state(parameter, kept, self._optimizers.values())
+        self.zero_weights()
+        self.zero_gradients()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
+    ) -> None:
+        # With a closure the gradients do not exist yet: who runs it calls zero_gradients().
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is None:
+            self.zero_gradients()
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
+    ) -> None:
+        self.zero_weights()
+
+
+def _check_fit(masks: Masks, parameters: Mapping[str, Tensor]) -> None:
+    faults = []
+    for name, mask in masks.items():
+        if name not in parameters:
+            faults.append(f"{name!r}: expected a parameter of that name, but there is none")
+        elif mask.shape != parameters[name].shape:
+            faults.append(
+                f"{name!r}: expected a parameter of shape {tuple(mask.shape)}, but got "
+                f"{tuple(parameters[name].shape)}"
+            )
+    if faults:
+        raise ValueError("\n- ".join(["The masks belong to another model:", *faults]))
+
+
+def _pattern(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return all ones (-1) where a weight is kept and all zeros elsewhere, as wide as ``dtype``."""
+    integer = _INTEGER_OF_WIDTH[dtype.itemsize]
+    return kept.to(integer).neg_()
+
+
+def _and_(tensor: Tensor, pattern: Tensor) -> None:
+    """Keep the bits of ``tensor`` where ``pattern`` has ones; elsewhere it becomes +0.0."""
+    tensor.detach().view(pattern.dtype).bitwise_and_(pattern)
+
+
+def _zero_gradient(gradient: Tensor, pattern: Tensor) -> None:
+    if gradient.is_sparse:  # nn.Embedding(sparse=True): rows of the weight
+        removed = pattern[tuple(gradient._indices())] == 0
+        gradient._values().masked_fill_(removed, 0.0)
+    elif gradient.dtype.itemsize == pattern.dtype.itemsize:
+        _and_(gradient, pattern)
+    else:
+        gradient.detach().masked_fill_(pattern == 0, 0.0)
+
+
+def _zero_state(parameter: Tensor, kept: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Clear momenta and their like: every state tensor shaped as the parameter."""
+    for optimizer in optimizers:
+        # `state` is a defaultdict: asking it for an unknown parameter would add an entry.
+        for state in optimizer.state[parameter].values() if parameter in optimizer.state else ():
+            if isinstance(state, Tensor) and state.shape == parameter.shape:
+                state.detach().masked_fill_(~kept.to(state.device), 0)

@@ -1,0 +1,57 @@
+"""What is borrowed is given back as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.augment.isolation import derived_seed, evaluating, own_randomness
+
+CPU = torch.device("cpu")
+
+
+def test_random_state_comes_back_after_an_exception():
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError), own_randomness(CPU, 1):
+        torch.rand(5).view(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_follow_from_their_key_alone():
+    draws = []
+    for key in ((0, "fit", 1), (0, "fit", 2), (0, "inject", 1), (1, "fit", 1), (0, "fit", 1)):
+        torch.rand(3)
+        with own_randomness(CPU, *key):
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[-1])
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+    assert 0 <= derived_seed("any") < 2**63
+
+
+class _Frozen(nn.Dropout):
+    """Refuses to leave eval mode, as users do with parts they have frozen."""
+
+    def train(self, mode: bool = True) -> _Frozen:
+        return super().train(False)
+
+
+def test_every_submodule_gets_its_own_mode_back():
+    model = nn.Sequential(
+        nn.BatchNorm1d(2), nn.Sequential(_Frozen(), nn.Linear(2, 2)), nn.LSTM(2, 2)
+    )
+    model.train()
+    model[1][1].training = False
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    with pytest.raises(RuntimeError), evaluating(model):
+        model[:2](torch.rand(3, 5))
+    assert [module.training for module in model.modules()] == before
+
+
+def test_recurrent_layers_stay_differentiable():
+    model = nn.Sequential(nn.LSTM(2, 2), nn.Dropout())
+    with evaluating(model, differentiable=True):
+        assert model[0].training
+        assert not model[1].training

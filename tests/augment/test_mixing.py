@@ -1,0 +1,163 @@
+"""Generated inputs take the place of real ones in any form of batch; labels and the loss follow."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
+from torch.nn import functional as F
+
+from lightning_prune.augment.mixing import (
+    BatchForm,
+    Distillation,
+    distillation_loss,
+    predicted_labels,
+)
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@pytest.fixture
+def x():
+    return torch.zeros(3, 2)
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([7, 8, 9])
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_every_form_of_batch_is_kept(x, y, n):
+    new, labels = torch.ones(n, 2), torch.zeros(n, dtype=torch.long)
+    assert BatchForm(x, x).fill(new) is new
+    for batch in ((x, y), [x, y], Pair(x, y)):
+        filled = BatchForm(batch, x, y).fill(new, labels)
+        assert type(filled) is type(batch)
+        assert filled[0] is new
+        assert filled[1] is labels
+    for kind in (dict, OrderedDict, UserDict):
+        filled = BatchForm(kind(image=x, label=y), x, y).fill(new, labels)
+        assert filled["image"] is new
+        assert filled["label"] is labels
+
+
+def test_other_tensors_give_rows_and_the_rest_is_passed_on(x, y):
+    weights, scalar = torch.arange(3.0), torch.tensor(5.0)
+    batch = (x, y, {"weights": weights, "scalar": scalar, "name": "a"})
+    filled = BatchForm(batch, x, y).fill(torch.ones(5, 2), torch.zeros(5))
+    assert filled[2]["weights"].tolist() == [0, 1, 2, 0, 1]
+    assert filled[2]["scalar"] is scalar
+    assert filled[2]["name"] == "a"
+    assert BatchForm(batch, x, y).fill(torch.ones(2, 2))[1].tolist() == [7, 8]
+
+
+def test_the_users_batch_is_not_written_to(x, y):
+    batch = {"x": x, "y": y}
+    BatchForm(batch, x, y).fill(torch.ones(2, 2), torch.zeros(2))
+    assert batch["x"] is x
+    assert batch["y"].tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("shape", "like", "expected_shape"),
+    [
+        ((4, 3), torch.zeros(9, dtype=torch.long), (4,)),
+        ((4, 3), torch.zeros(9, 1, dtype=torch.long), (4, 1)),
+        ((4, 3, 5), torch.zeros(9, 5, dtype=torch.long), (4, 5)),
+        ((4, 3, 2, 5), torch.zeros(9, 2, 5, dtype=torch.int32), (4, 2, 5)),
+    ],
+)
+def test_classes_are_the_likeliest_on_axis_one(shape, like, expected_shape):
+    logits = torch.randn(shape)
+    labels = predicted_labels(logits, like, "categorical")
+    assert labels.shape == expected_shape
+    assert labels.dtype == like.dtype
+    assert torch.equal(labels.reshape(-1).long(), logits.argmax(1).reshape(-1))
+
+
+def test_soft_labels_stay_soft():
+    logits = torch.randn(4, 3)
+    soft = predicted_labels(logits, torch.zeros(2, 3), "categorical")
+    torch.testing.assert_close(soft, logits.softmax(1))
+
+
+def test_bits_and_regressions():
+    logits = torch.tensor([[2.0, -2.0]])
+    bits = predicted_labels(logits, torch.zeros(3, 2, dtype=torch.bool), "bernoulli")
+    assert bits.tolist() == [[True, False]]
+    assert torch.equal(predicted_labels(logits, torch.zeros(3, 2), "gaussian"), logits)
+    assert predicted_labels(torch.ones(4, 1), torch.zeros(3), "gaussian").shape == (4,)
+
+
+def test_labels_that_no_prediction_fits_are_named():
+    with pytest.raises(ValueError, match=r"\(4, 7\).*`likelihood`"):
+        predicted_labels(torch.zeros(4, 3), torch.zeros(9, 7, dtype=torch.long), "categorical")
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_of_torch(shape, temperature):
+    student, teacher = torch.randn(2, *shape, dtype=torch.float64)
+
+    def at(logits):
+        return logits.movedim(1, -1) / temperature
+
+    expected = kl_divergence(Categorical(logits=at(teacher)), Categorical(logits=at(student)))
+    loss = distillation_loss(student, teacher, "categorical", temperature)
+    torch.testing.assert_close(loss, temperature**2 * expected.mean())
+
+    expected = kl_divergence(Bernoulli(logits=at(teacher)), Bernoulli(logits=at(student)))
+    loss = distillation_loss(student, teacher, "bernoulli", temperature)
+    torch.testing.assert_close(loss, temperature**2 * expected.mean())
+
+    expected = kl_divergence(Normal(teacher, 1.0), Normal(student, 1.0))
+    loss = distillation_loss(student, teacher, "gaussian", temperature)
+    torch.testing.assert_close(loss, expected.mean())
+
+
+@given(st.integers(2, 6), st.floats(0.5, 10.0))
+def test_distillation_is_zero_only_for_equal_predictions(classes, temperature):
+    logits = torch.randn(5, classes, dtype=torch.float64)
+    same = distillation_loss(logits + 3.0, logits, "categorical", temperature)
+    assert abs(same.item()) < 1e-9
+    other = torch.randn(5, classes, dtype=torch.float64)
+    assert distillation_loss(other, logits, "categorical", temperature) > 0
+
+
+def test_at_a_high_temperature_logits_are_matched():
+    """Hinton et al. 2015, section 2.1: the gradient tends to (z - v) / C for centred logits."""
+    student = torch.randn(1, 5, dtype=torch.float64)
+    teacher = torch.randn(1, 5, dtype=torch.float64)
+    student -= student.mean()
+    teacher -= teacher.mean()
+    student.requires_grad_()
+    distillation_loss(student, teacher, "categorical", 1e4).backward()
+    torch.testing.assert_close(
+        student.grad, ((student - teacher) / 5).detach(), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_hard_teachers_give_the_cross_entropy():
+    student = torch.randn(4, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0])
+    teacher = 1e4 * F.one_hot(labels, 3).double()
+    loss = distillation_loss(student, teacher, "categorical", 1.0)
+    torch.testing.assert_close(loss, F.cross_entropy(student, labels))
+
+
+def test_half_precision_is_computed_in_single():
+    logits = torch.randn(4, 3)
+    loss = distillation_loss(logits.half(), logits.half() + 1, "categorical", 2.0)
+    assert loss.dtype == torch.float32
+    assert Independent(Normal(logits, 1.0), 1).mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments", [{"weight": 1.0}, {"weight": -0.1}, {"temperature": 0.0}])
+def test_arguments_out_of_range_are_named(arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
+        Distillation(**arguments)

@@ -1,0 +1,188 @@
+"""The VAE against its maths, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_prune.augment.input_range import InputRange
+from lightning_prune.augment.likelihoods import BernoulliLikelihood, GaussianLikelihood
+from lightning_prune.augment.networks import dense_sizes
+from lightning_prune.augment.vae import VAE, DenseVAE, settings_for
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)])
+def test_terms_are_those_of_the_textbook(shape, likelihood):
+    vae = DenseVAE(shape, likelihood=likelihood, kl_weight=0.7).double().eval()
+    x = torch.rand(5, *shape, dtype=torch.float64)
+    mean, log_variance = vae.encoder(x).chunk(2, dim=1)
+
+    torch.manual_seed(1)
+    terms = vae.terms(x)
+    torch.manual_seed(1)
+    z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+
+    output = vae.decoder(z)
+    if likelihood == "bernoulli":
+        nats = F.binary_cross_entropy_with_logits(output, x, reduction="sum")
+    else:
+        variance = torch.tensor(0.1, dtype=torch.float64)
+        nats = 0.5 * ((x - output).square() / variance + (2 * math.pi * variance).log()).sum()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
+    torch.testing.assert_close(terms.reconstruction, nats / 5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms.loss, terms.reconstruction + 0.7 * kl, rtol=1e-12, atol=0)
+
+
+def test_elbo_is_a_bound_that_the_true_posterior_reaches():
+    """A linear Gaussian VAE has log p(x) in closed form; with q = p(z|x) the ELBO equals it."""
+    weight, variance = torch.tensor(1.5).double(), 0.3
+
+    class Encoder(nn.Module):
+        """The exact posterior of x = weight * z + noise, or one that is off by ``error``."""
+
+        def __init__(self, error: float) -> None:
+            super().__init__()
+            self.error = error
+
+        def forward(self, x):
+            precision = 1 + weight.square() / variance
+            mean = weight * x / variance / precision + self.error
+            return torch.cat([mean, torch.full_like(mean, -precision.log().item())], dim=1)
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return weight * z
+
+    def elbo(error: float) -> torch.Tensor:
+        vae = VAE(
+            Encoder(error),
+            Decoder(),
+            GaussianLikelihood((1,), variance),
+            InputRange((1,), "all", batches=0),
+            latent=1,
+        ).double()
+        return -vae.eval().loss(x)
+
+    x = torch.full((200_000, 1), 0.8, dtype=torch.float64)
+    total = weight.square() + variance
+    evidence = -0.5 * (0.8**2 / total + (2 * math.pi * total).log())
+    assert elbo(0.0).item() == pytest.approx(evidence.item(), abs=3e-3)
+    assert elbo(0.5).item() < evidence.item() - 0.1
+
+
+def test_kl_warmup_rises_linearly_and_only_in_training():
+    vae = DenseVAE((4,), warmup=4)
+    x = torch.rand(3, 4)
+    shares = []
+    for _ in range(6):
+        terms = vae.terms(x)
+        shares.append(((terms.loss - terms.reconstruction) / terms.kl).item())
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0], rel=1e-3)
+
+    fresh = DenseVAE((4,), warmup=4).eval()
+    terms = fresh.terms(x)
+    torch.testing.assert_close(terms.loss, terms.reconstruction + terms.kl)
+    assert fresh.steps == 0
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 4), (3, 4, 2), (2, 3, 4, 5)])
+def test_samples_have_the_shape_of_the_inputs(shape):
+    vae = DenseVAE(shape)
+    assert vae.sample(7).shape == (7, *shape)
+    assert vae.sample(0).shape == (0, *shape)
+    assert not vae.sample(2).requires_grad
+    assert vae.loss(torch.rand(1, *shape)).ndim == 0
+
+
+def test_gaussian_samples_have_the_variance_of_the_data():
+    """Elements that the latent space does not explain keep their spread through the noise."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 6) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    vae = DenseVAE((6,), likelihood="gaussian", units="feature")
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        vae.loss(x).backward()
+        optimizer.step()
+    torch.testing.assert_close(vae.sample(4000).std(0), x.std(0), rtol=0.2, atol=0)
+
+
+def test_digits_are_learnt(digits):
+    """Samples look like digits: near the mean image, each near some real one, not all alike."""
+    vae = DenseVAE(**settings_for(digits[:64]))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        for batch in digits.split(64):
+            optimizer.zero_grad()
+            loss = vae.loss(batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[-29:]) < 0.8 * sum(losses[:29])
+
+    samples = vae.eval().sample(200).flatten(1)
+    real = digits.flatten(1)
+    assert torch.corrcoef(torch.stack([samples.mean(0), real.mean(0)]))[0, 1] > 0.97
+    nearest = torch.cdist(samples, real).min(1).values.mean()
+    shuffled = samples.gather(1, torch.rand_like(samples).argsort(1))
+    assert nearest < 0.6 * torch.cdist(shuffled, real).min(1).values.mean()
+    assert samples.std(0).mean() > 0.4 * real.std(0).mean()
+    assert samples.min() >= 0
+    assert samples.max() <= 16
+
+
+def test_settings_build_the_same_vae_again():
+    vae = DenseVAE((3, 4), latent=5, hidden=(9, 7), likelihood="gaussian", variance=0.2, warmup=3)
+    again = DenseVAE(**vae.settings)
+    assert again.settings == vae.settings
+    again.load_state_dict(vae.state_dict())
+
+
+def test_settings_follow_the_data(digits):
+    flat = digits.flatten(1)
+    table = torch.randn(64, 5) * torch.tensor([1.0, 10.0, 1e2, 1e3, 1e4])
+    assert settings_for(digits[:32])["likelihood"] == "bernoulli"
+    assert settings_for(flat[:32])["likelihood"] == "bernoulli"
+    assert settings_for(flat[:32])["units"] == "all"
+    assert settings_for((flat[:32] - 4.8) / 6.0)["likelihood"] == "bernoulli"
+    assert settings_for(table) == {
+        "shape": [5],
+        "likelihood": "gaussian",
+        "units": "feature",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"shape": (3, 0)}, "shape"),
+        ({"shape": (3,), "hidden": (4,)}, "hidden"),
+        ({"shape": (3,), "hidden": (4, 0)}, "hidden"),
+        ({"shape": (3,), "latent": 0}, "latent"),
+        ({"shape": (3,), "likelihood": "poisson"}, "likelihood"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, named):
+    with pytest.raises(ValueError, match=f"`{named}`"):
+        DenseVAE(**arguments)
+
+
+@pytest.mark.parametrize("features", [1, 7, 64, 784, 3072, 150_528])
+def test_default_sizes_stay_small(features):
+    sizes = dense_sizes(features)
+    assert sizes.outer <= 512
+    assert sizes.outer >= sizes.inner >= sizes.latent >= 2
+
+
+def test_bernoulli_takes_values_outside_its_range_for_its_ends():
+    likelihood, logits = BernoulliLikelihood(), torch.randn(4)
+    outside = likelihood.log_prob(logits, torch.tensor([-1.0, 2.0, 0.0, 1.0]))
+    inside = likelihood.log_prob(logits, torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    torch.testing.assert_close(outside, inside)

@@ -1,0 +1,96 @@
+"""Which parameters are pruned by default, and how users name their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_prune.masking import find_prunable
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.batch_norm = nn.BatchNorm2d(4)
+        self.layer_norm = nn.LayerNorm((4, 4))
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.rms_norm = nn.RMSNorm((2, 4))
+        self.embedding = nn.Embedding(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.lstm = nn.LSTM(4, 4)
+        self.spectral = parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.image_bias = nn.Parameter(torch.zeros(1, 4, 1, 1))
+        self.raw = nn.Parameter(torch.zeros(4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.phase = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+        self.frozen = nn.Linear(4, 4, bias=False).requires_grad_(False)
+
+
+def test_the_weights_of_layers_and_nothing_else() -> None:
+    prunable = find_prunable(Everything())
+    assert set(prunable.parameters) == {
+        "conv.weight",
+        "embedding.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "raw",
+        "frozen.weight",
+    }
+    reasons = prunable.left_out
+    assert reasons["conv.bias"] == reasons["attention.bias_k"] == reasons["image_bias"] == "a bias"
+    assert reasons["layer_norm.weight"] == "part of a LayerNorm"
+    assert reasons["rms_norm.weight"] == "part of a RMSNorm"
+    assert "parametrised" in reasons["spectral.parametrizations.weight.original"]
+    assert "complex64" in reasons["phase"]
+    assert "vector" in reasons["scale"]
+
+
+def test_every_parameter_is_on_one_side() -> None:
+    model = Everything()
+    prunable = find_prunable(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted([*prunable.parameters, *prunable.left_out]) == sorted(names)
+    order = [name for name in names if name in prunable.parameters]
+    assert list(prunable.parameters) == order
+
+
+def test_a_tied_weight_counts_once() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["table"].weight
+    assert len(find_prunable(model).parameters) == 1
+
+
+def test_named_ones_are_taken_whatever_they_are() -> None:
+    prunable = find_prunable(Everything(), ["raw", "conv.bias"])
+    assert list(prunable.parameters) == ["raw", "conv.bias"]
+    assert prunable.left_out["conv.weight"] == "not named"
+
+
+def test_unknown_names_are_refused_all_at_once_with_close_ones() -> None:
+    with pytest.raises(ValueError, match="parameters") as caught:
+        find_prunable(Everything(), ["conv.weigth", "nothing_like_it_at_all", "phase", "raw"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert "did you mean 'conv.weight'" in lines[1]
+    assert "nothing_like_it_at_all" in lines[2]
+    assert "complex64" in lines[3]
+
+
+@pytest.mark.parametrize(("names", "error"), [([], ValueError), ("conv.weight", TypeError)])
+def test_names_are_a_list_of_some(names, error) -> None:
+    with pytest.raises(error, match="parameters"):
+        find_prunable(Everything(), names)
+
+
+def test_nothing_to_prune_is_an_error_with_reasons() -> None:
+    with pytest.raises(ValueError, match="part of a BatchNorm1d"):
+        find_prunable(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="no parameters at all"):
+        find_prunable(nn.ReLU())
+    with pytest.raises(ValueError, match="lazy module"):
+        find_prunable(nn.LazyLinear(3))
