@@ -30,7 +30,14 @@ def mlp() -> nn.Module:
 
 def lenet() -> nn.Module:
     """LeNet-5 with ReLU and max pooling."""
-    features = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    features = [
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
     head = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
     return nn.Sequential(*features, nn.Flatten(), *head)
 
@@ -51,7 +58,9 @@ class ResidualBlock(nn.Module):
         self.skip = (
             nn.Identity()
             if same
-            else nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            else nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +102,10 @@ def wide(classes: int = 1000) -> nn.Module:
 
 
 def digits(size: int = 28) -> tuple[Tensor, Tensor]:
-    """Return the 5,000 digits in a fixed random order, (5000, 1, size, size) in [0, 1], and their labels."""
+    """Return the 5,000 digits in a fixed random order, and their labels.
+
+    The digits are (5000, 1, size, size) in [0, 1].
+    """
     x, y = mnist_data()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(x).float().div(255).reshape(-1, 1, 28, 28)[order]
@@ -104,7 +116,9 @@ def single_digits(classes: int = 1000, copies: int = 12) -> tuple[Tensor, Tensor
     """Return a task with many classes: which of ``classes`` digits is it, seen under noise?"""
     generator = torch.Generator().manual_seed(0)
     images = digits()[0][:classes]
-    labels = torch.arange(classes).repeat(copies)[torch.randperm(classes * copies, generator=generator)]
+    labels = torch.arange(classes).repeat(copies)[
+        torch.randperm(classes * copies, generator=generator)
+    ]
     noise = torch.randn(len(labels), 1, 28, 28, generator=generator)
     return images[labels] + 0.5 * noise, labels
 
@@ -120,7 +134,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
 
 
 def trained(name: str, *, samples: int = VALIDATION) -> Trained:
-    """Train a network of :data:`NETWORKS` and return it with ``samples`` validation samples in batches."""
+    """Train a network of :data:`NETWORKS` and return it with validation data.
+
+    That is ``samples`` validation samples in batches.
+    """
     build, size, epochs, batch = NETWORKS[name]
     torch.manual_seed(0)
     model = build()

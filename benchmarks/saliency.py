@@ -1,11 +1,15 @@
-"""What scores cost: our engine against the plain pass, torch.func and BackPACK, interleaved in one process.
+"""What scores cost: our engine against the plain pass, torch.func and BackPACK.
 
-    python benchmarks/saliency.py                      # ratios, growth and memory; writes benchmarks/results/saliency.*
-    python benchmarks/saliency.py --only ratios        # one part
-    python benchmarks/saliency.py --backpack           # adds BackPACK; needs it installed, see benchmarks/README.md
+    python benchmarks/saliency.py                  # ratios, growth and memory
+    python benchmarks/saliency.py --only ratios    # one part
+    python benchmarks/saliency.py --backpack       # adds BackPACK
 
-Every figure of time is a ratio over one plain forward and backward pass of the same data in the same process, medians of
-interleaved runs. Memory is the growth of the process's peak, each case in a process of its own.
+The results go to benchmarks/results/saliency.*. BackPACK has to be installed for its part, see
+benchmarks/README.md.
+
+Every figure of time is a ratio over one plain forward and backward pass of the same data in the
+same process, medians of interleaved runs. Memory is the growth of the process's peak, each case in
+a process of its own.
 """
 
 from __future__ import annotations
@@ -29,15 +33,20 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import networks  # noqa: E402
-from lightning_prune.saliency import SaliencyAccumulator, squared_gradients  # noqa: E402
+from benchmarks import networks
+from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCES = (0.0, 1e-3)
 
 
-def interleaved(cases: dict[str, Callable[[], Any]], repeats: int, slow: frozenset[str] = frozenset()) -> dict[str, float]:
-    """Return the median seconds of each case; the cases take turns. Slow ones run three times at most."""
+def interleaved(
+    cases: dict[str, Callable[[], Any]], repeats: int, slow: frozenset[str] = frozenset()
+) -> dict[str, float]:
+    """Return the median seconds of each case.
+
+    The cases take turns. Slow ones run three times at most.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(repeats + 1):
         for name, run in cases.items():
@@ -55,13 +64,15 @@ def plain_pass(model: nn.Module, inputs: list[Tensor], labels: list[Tensor]) -> 
     parameters = list(model.parameters())
 
     def run() -> None:
-        for x, y in zip(inputs, labels):
+        for x, y in zip(inputs, labels, strict=True):
             torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
 
     return run
 
 
-def ours(model: nn.Module, inputs: list[Tensor], tolerance: float, logits: list[Tensor] | None = None) -> Callable[[], Any]:
+def ours(
+    model: nn.Module, inputs: list[Tensor], tolerance: float, logits: list[Tensor] | None = None
+) -> Callable[[], Any]:
     """Return our scoring pass, from nothing: the plan is made anew in every run."""
 
     def run() -> dict[str, Tensor]:
@@ -85,7 +96,9 @@ def torch_func(model: nn.Module, inputs: list[Tensor]) -> Callable[[], Any]:
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for x in inputs:
             for part in x.split(16):
-                for name, jacobian in vmap(jacrev(probability), in_dims=(None, 0))(parameters, part).items():
+                for name, jacobian in vmap(jacrev(probability), in_dims=(None, 0))(
+                    parameters, part
+                ).items():
                     total[name] += jacobian.square().sum((0, 1))
         return total
 
@@ -94,9 +107,9 @@ def torch_func(model: nn.Module, inputs: list[Tensor]) -> Callable[[], Any]:
 
 def backpack(model: nn.Module, inputs: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return BackPACK's SumGradSquared once per class, and its DiagGGNExact."""
-    from backpack import backpack as extensions
-    from backpack import extend
-    from backpack.extensions import DiagGGNExact, SumGradSquared
+    from backpack import backpack as extensions  # noqa: PLC0415  (optional: only for --backpack)
+    from backpack import extend  # noqa: PLC0415  (likewise)
+    from backpack.extensions import DiagGGNExact, SumGradSquared  # noqa: PLC0415  (likewise)
 
     model, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
 
@@ -121,9 +134,16 @@ def backpack(model: nn.Module, inputs: list[Tensor]) -> tuple[Callable[[], Any],
 
 
 def relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Largest error over the largest score, the worst of all parameters whose score is not 0 to round-off."""
+    """Return the largest error over the largest score, the worst of all parameters.
+
+    Parameters whose score is 0 to round-off are left out.
+    """
     floor = 1e-10 * max(float(score.max()) for score in exact.values())
-    errors = [float((found[k] - v).abs().max() / v.max()) for k, v in exact.items() if float(v.max()) > floor]
+    errors = [
+        float((found[k] - v).abs().max() / v.max())
+        for k, v in exact.items()
+        if float(v.max()) > floor
+    ]
     return max(errors)
 
 
@@ -138,7 +158,9 @@ def ratios(repeats: int, with_backpack: bool) -> list[dict[str, Any]]:
         cases = {"plain": plain_pass(net.model, net.inputs, net.labels)}
         for tolerance in TOLERANCES:
             cases[f"tolerance {tolerance:g}"] = ours(net.model, net.inputs, tolerance)
-            cases[f"tolerance {tolerance:g}, logits known"] = ours(net.model, net.inputs, tolerance, logits)
+            cases[f"tolerance {tolerance:g}, logits known"] = ours(
+                net.model, net.inputs, tolerance, logits
+            )
         rivals = {}
         if name in ("784-128-10", "LeNet-5"):
             rivals["torch.func"] = torch_func(net.model, net.inputs)
@@ -148,19 +170,30 @@ def ratios(repeats: int, with_backpack: bool) -> list[dict[str, Any]]:
         medians = interleaved({**cases, **rivals}, repeats, frozenset(rivals))
         exact = squared_gradients(net.model.double(), [x.double() for x in net.inputs])
         net.model.float()
-        row: dict[str, Any] = {"network": name, "accuracy": round(net.accuracy, 4), "plain_ms": round(1e3 * medians["plain"], 2)}
-        row["ratio"] = {k: round(v / medians["plain"], 3) for k, v in medians.items() if k != "plain"}
+        row: dict[str, Any] = {
+            "network": name,
+            "accuracy": round(net.accuracy, 4),
+            "plain_ms": round(1e3 * medians["plain"], 2),
+        }
+        row["ratio"] = {
+            k: round(v / medians["plain"], 3) for k, v in medians.items() if k != "plain"
+        }
         row["error"] = {k: relative_error(run(), exact) for k, run in cases.items() if k != "plain"}
         if with_backpack and "BackPACK DiagGGNExact" in rivals:
             fisher_ours = squared_gradients(net.model, net.inputs, target="fisher")
-            row["fisher_error_against_backpack"] = relative_error(fisher_ours, rivals["BackPACK DiagGGNExact"]())
+            row["fisher_error_against_backpack"] = relative_error(
+                fisher_ours, rivals["BackPACK DiagGGNExact"]()
+            )
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
 def growth(repeats: int) -> list[dict[str, Any]]:
-    """Measure how the cost grows with samples, classes and parameters, on networks at initialisation made sure."""
+    """Measure how the cost grows with samples, classes and parameters.
+
+    The networks are at initialisation, made sure.
+    """
     rows = []
     cases = [("samples", n, 256, 10, 128) for n in (64, 256, 1024, 4096)]
     cases += [("classes", c, 128, c, 256) for c in (10, 100, 1000, 32000)]
@@ -169,16 +202,22 @@ def growth(repeats: int) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, classes))
         with torch.no_grad():
-            model[2].weight.mul_(60.0 if classes <= 10 else 90.0)  # confident, as trained networks are
+            # Confident, as trained networks are.
+            model[2].weight.mul_(60.0 if classes <= 10 else 90.0)
         x = torch.randn(value if what == "samples" else batch, 256)
         inputs = list(x.split(batch))
         labels = [torch.zeros(len(part), dtype=torch.long) for part in inputs]
-        runs = {"plain": plain_pass(model, inputs, labels), "tolerance 0.001": ours(model, inputs, 1e-3)}
+        runs = {
+            "plain": plain_pass(model, inputs, labels),
+            "tolerance 0.001": ours(model, inputs, 1e-3),
+        }
         if classes <= 1000:
             runs["tolerance 0"] = ours(model, inputs, 0.0)
         medians = interleaved(runs, repeats, frozenset({"tolerance 0"} if classes > 100 else ()))
         row = {"grows": what, "value": value, "plain_ms": round(1e3 * medians["plain"], 3)}
-        row["ratio"] = {k: round(v / medians["plain"], 3) for k, v in medians.items() if k != "plain"}
+        row["ratio"] = {
+            k: round(v / medians["plain"], 3) for k, v in medians.items() if k != "plain"
+        }
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -188,10 +227,16 @@ MEMORY_CASES = ("784-128-10", "LeNet-5", "ResNet-20", "encoder", "wide batch", "
 
 
 def memory_case(name: str, tolerance: float, workspace: int) -> dict[str, Any]:
-    """Return by how much scoring raises the peak of this process over that of a plain pass on the same data."""
+    """Return by how much scoring raises the peak of this process.
+
+    The rise is over the peak of a plain pass on the same data.
+    """
     torch.manual_seed(0)
     if name == "many classes":
-        model, x = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32000)), torch.randn(64, 784)
+        model, x = (
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32000)),
+            torch.randn(64, 784),
+        )
         with torch.no_grad():
             model[3].weight.mul_(60.0)
     elif name == "wide batch":
@@ -222,7 +267,14 @@ def memory() -> list[dict[str, Any]]:
     rows = []
     for name in MEMORY_CASES:
         for tolerance in (0.001,) if name == "many classes" else TOLERANCES:
-            command = [sys.executable, __file__, "--memory-case", name, "--tolerance", str(tolerance)]
+            command = [
+                sys.executable,
+                __file__,
+                "--memory-case",
+                name,
+                "--tolerance",
+                str(tolerance),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(done.stdout.splitlines()[-1], flush=True)
@@ -234,25 +286,35 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"Made by `{results['command']}` on {results['machine']}.", ""]
     if "ratios" in results:
         columns = list(dict.fromkeys(k for row in results["ratios"] for k in row["ratio"]))
-        lines += [f"| network | plain pass, ms | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+        lines += [
+            f"| network | plain pass, ms | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 2) + "|",
+        ]
         for row in results["ratios"]:
             cells = []
             for column in columns:
                 error = row["error"].get(column)
-                cells.append(f"{row['ratio'].get(column, '-')}" + (f" (error {error:.1e})" if error is not None else ""))
+                cells.append(
+                    f"{row['ratio'].get(column, '-')}"
+                    + (f" (error {error:.1e})" if error is not None else "")
+                )
             lines.append(f"| {row['network']} | {row['plain_ms']} | {' | '.join(cells)} |")
         lines.append("")
     for part in ("growth", "memory"):
         if part in results:
             columns = list(results[part][0])
             lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-            lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in results[part]] + [""]
+            lines += [
+                "| " + " | ".join(str(row[c]) for c in columns) + " |" for row in results[part]
+            ] + [""]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run what was asked for and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("ratios", "growth", "memory"), help="run one part")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved runs of each case")
     parser.add_argument("--backpack", action="store_true", help="measure BackPACK too")
@@ -264,11 +326,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_case:
-        print(json.dumps(memory_case(arguments.memory_case, arguments.tolerance, arguments.workspace)))
+        print(
+            json.dumps(memory_case(arguments.memory_case, arguments.tolerance, arguments.workspace))
+        )
         return
     results: dict[str, Any] = {
         "command": "python benchmarks/saliency.py " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {arguments.threads} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}",
     }
     if arguments.only in (None, "ratios"):
         results["ratios"] = ratios(arguments.repeats, arguments.backpack)

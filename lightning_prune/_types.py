@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 Scores: TypeAlias = dict[str, Tensor]
-"""One score tensor a parameter, keyed by its full ``named_parameters()`` name, shaped like the parameter."""
+"""One score tensor a parameter, shaped like it, keyed by its full ``named_parameters()`` name."""
 
 Masks: TypeAlias = dict[str, Tensor]
 """One bool tensor a parameter, keyed like :data:`Scores`; ``True`` marks a weight that is kept."""

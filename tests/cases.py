@@ -1,4 +1,7 @@
-"""Architectures that the scores have to be right for, as (model, batch) makers; small, float64, eval mode."""
+"""Architectures that the scores have to be right for, as (model, batch) makers.
+
+All are small, in float64 and in eval mode.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,9 @@ class CrossAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(1, 2, 8))
-        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, add_bias_kv=True, batch_first=True)
+        self.attention = nn.MultiheadAttention(
+            8, 2, kdim=6, vdim=6, add_bias_kv=True, batch_first=True
+        )
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +136,11 @@ class PositionTable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.position, self.head = nn.Embedding(7, 6), nn.Embedding(4, 6), nn.Linear(6, 3)
+        self.table, self.position, self.head = (
+            nn.Embedding(7, 6),
+            nn.Embedding(4, 6),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1])
@@ -187,21 +196,41 @@ def conv(layer: nn.Module, *rest: nn.Module) -> nn.Module:
 CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "linear": lambda: (nn.Linear(4, 3), real(5, 4)),
     "mlp": lambda: (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), real(7, 6)),
-    "linear over a sequence": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)), real(5, 3, 4)),
-    "conv1d same padding": lambda: (conv(nn.Conv1d(2, 4, 3, padding="same", dilation=2)), real(4, 2, 7)),
+    "linear over a sequence": lambda: (
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)),
+        real(5, 3, 4),
+    ),
+    "conv1d same padding": lambda: (
+        conv(nn.Conv1d(2, 4, 3, padding="same", dilation=2)),
+        real(4, 2, 7),
+    ),
     "conv2d": lambda: (conv(nn.Conv2d(2, 4, 3)), real(4, 2, 6, 6)),
     "conv2d strided, padded, dilated, grouped": lambda: (
         conv(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2)),
         real(4, 4, 7, 6),
     ),
     "conv2d depthwise": lambda: (conv(nn.Conv2d(4, 8, 3, groups=4, bias=False)), real(3, 4, 5, 5)),
-    "conv2d circular": lambda: (conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")), real(3, 2, 5, 5)),
-    "conv2d reflect": lambda: (conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")), real(3, 2, 5, 5)),
-    "conv2d replicate": lambda: (conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate")), real(3, 2, 5, 5)),
+    "conv2d circular": lambda: (
+        conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")),
+        real(3, 2, 5, 5),
+    ),
+    "conv2d reflect": lambda: (
+        conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")),
+        real(3, 2, 5, 5),
+    ),
+    "conv2d replicate": lambda: (
+        conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate")),
+        real(3, 2, 5, 5),
+    ),
     "conv3d": lambda: (conv(nn.Conv3d(2, 3, 2, stride=2)), real(3, 2, 4, 5, 4)),
-    "transposed conv1d": lambda: (conv(nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1)), real(3, 2, 5)),
+    "transposed conv1d": lambda: (
+        conv(nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1)),
+        real(3, 2, 5),
+    ),
     "transposed conv2d, grouped": lambda: (
-        conv(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2)),
+        conv(
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2)
+        ),
         real(3, 4, 4, 5),
     ),
     "transposed conv3d": lambda: (conv(nn.ConvTranspose3d(2, 2, 2, stride=2)), real(2, 2, 2, 3, 2)),
@@ -209,18 +238,34 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         nn.Sequential(nn.Embedding(8, 5, padding_idx=2), nn.Flatten(), nn.Linear(20, 3)),
         ids(8, 6, 4),
     ),
-    "layer norm": lambda: (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), real(5, 4)),
-    "rms norm": lambda: (nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3)), real(5, 2, 4)[:, 0]),
+    "layer norm": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)),
+        real(5, 4),
+    ),
+    "rms norm": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3)),
+        real(5, 2, 4)[:, 0],
+    ),
     "group norm": lambda: (conv(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4)), real(4, 2, 4, 4)),
-    "instance norm": lambda: (conv(nn.Conv2d(2, 4, 2), nn.InstanceNorm2d(4, affine=True)), real(4, 2, 4, 4)),
+    "instance norm": lambda: (
+        conv(nn.Conv2d(2, 4, 2), nn.InstanceNorm2d(4, affine=True)),
+        real(4, 2, 4, 4),
+    ),
     "batch norm": lambda: (conv(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4)), real(4, 2, 4, 4)),
     "residual": lambda: (
-        nn.Sequential(nn.Linear(4, 6), Residual(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6)), nn.Linear(6, 3)),
+        nn.Sequential(
+            nn.Linear(4, 6),
+            Residual(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6)),
+            nn.Linear(6, 3),
+        ),
         real(5, 4),
     ),
     "module called twice": lambda: (Twice(), real(5, 5)),
     "tied weights": lambda: (Tied(), ids(9, 5, 4)),
-    "subclass with its own forward": lambda: (nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)), real(5, 4)),
+    "subclass with its own forward": lambda: (
+        nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        real(5, 4),
+    ),
     "bare parameters": lambda: (Functional(), real(6, 5)),
     "transformer": lambda: (Transformer(), ids(20, 4, 5)),
     "transformer, sequence first": lambda: (Transformer(batch_first=False), ids(20, 5, 5)),
@@ -232,10 +277,16 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "position table": lambda: (PositionTable(), ids(7, 5, 4)),
     "as many positions as samples": lambda: (PositionTable(), ids(7, 4, 4)),
     "changed in place": lambda: (InPlace(), real(5, 5)),
-    "weight norm": lambda: (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), real(5, 4)),
+    "weight norm": lambda: (
+        nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)),
+        real(5, 4),
+    ),
     "low rank": lambda: (LowRank(), real(5, 5)),
     "addmm": lambda: (Gpt2Conv(), real(5, 3, 4)),
-    "dense prediction": lambda: (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 1)), real(3, 1, 3, 3)),
+    "dense prediction": lambda: (
+        nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 1)),
+        real(3, 1, 3, 3),
+    ),
     "bilinear": lambda: (SelfBilinear(), real(5, 4)),
 }
 

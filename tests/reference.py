@@ -19,7 +19,10 @@ def squared_gradients(
     likelihood: str = "categorical",
     forward: Callable[[nn.Module, Any], Tensor] = default_forward,
 ) -> dict[str, Tensor]:
-    """Sum over samples, positions and classes of the squared gradient, each by its own backward pass."""
+    """Return the sum over samples, positions and classes of the squared gradient.
+
+    Each takes a backward pass of its own.
+    """
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     size = len(forward(model, batch))
@@ -28,15 +31,22 @@ def squared_gradients(
         logits = forward(model, take_samples(batch, torch.tensor([n])))
         label = None if labels is None else labels[n : n + 1]
         for value, weight in terms(logits, label, target, likelihood):
-            gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-            for name, gradient in zip(parameters, gradients):
+            gradients = torch.autograd.grad(
+                value, list(parameters.values()), retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     total[name] += weight * gradient.to_dense().square()
     return total
 
 
-def terms(logits: Tensor, label: Tensor | None, target: str, likelihood: str) -> list[tuple[Tensor, Tensor]]:
-    """Return scalars and weights: the score is the sum of weight * (d scalar / dw)^2, for one sample."""
+def terms(
+    logits: Tensor, label: Tensor | None, target: str, likelihood: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Return scalars and weights of one sample.
+
+    The score is the sum of weight * (d scalar / dw)^2.
+    """
     one = torch.ones((), dtype=logits.dtype)
     if likelihood == "categorical":
         z = logits.movedim(1, -1).reshape(-1, logits.shape[1])
@@ -67,5 +77,6 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
     """Return the largest error relative to each parameter's largest score, over all parameters."""
     assert found.keys() == expected.keys()
     return max(
-        float((found[name] - score).abs().max() / score.abs().max().clamp_min(1e-30)) for name, score in expected.items()
+        float((found[name] - score).abs().max() / score.abs().max().clamp_min(1e-30))
+        for name, score in expected.items()
     )

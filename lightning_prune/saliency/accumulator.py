@@ -1,7 +1,8 @@
 """Running sums of squared gradients over batches and processes.
 
-Enters: batches. Leaves: :data:`~lightning_prune._types.Scores`. The sums live in a ``torchmetrics.Metric``, which brings
-reset, device moves and the reduction across processes; :func:`squared_gradients` is its functional twin.
+Enters: batches. Leaves: :data:`~lightning_prune._types.Scores`. The sums live in a
+``torchmetrics.Metric``, which brings reset, device moves and the reduction across processes;
+:func:`squared_gradients` is its functional twin.
 """
 
 from __future__ import annotations
@@ -36,38 +37,44 @@ def squared_gradients(
 
     .. math:: R_i = \sum_x \sum_y \left(\frac{\partial P(y \mid x)}{\partial w_i}\right)^2
 
-    One square per sample x and class y, taken before any sum. The model is left as it was: mode, gradients, hooks,
-    ``requires_grad`` and random state, also after an exception. It is evaluated in eval mode with autocast off.
+    One square per sample x and class y, taken before any sum. The model is left as it was: mode,
+    gradients, hooks, ``requires_grad`` and random state, also after an exception. It is evaluated
+    in eval mode with autocast off.
 
     Args:
         model: Any module. Samples must not interact (batch norm has to be in eval mode).
         batches: Iterable of ``x``, ``(x, y)`` or dicts; axis 0 of every tensor counts samples.
-        target: ``"probability"`` (the formula above), ``"label_probability"`` (only y = the label), ``"fisher"``
-            (sum_y P (d log P/dw)^2), ``"empirical_fisher"`` ((d log P(label)/dw)^2).
-        likelihood: ``"categorical"`` (logits (N, C) or (N, C, ...), every position a prediction), ``"bernoulli"`` (one logit
-            an output), ``"gaussian"`` (the output itself, unit variance).
-        tolerance: Share of the output energy, sum over samples of the squared Frobenius norm of dP/dlogits, that may be
-            left out to save time, in [0, 1). 0 is exact to round-off.
-        forward: ``forward(module, batch) -> logits`` for batches or models that the default cannot read.
+        target: ``"probability"`` (the formula above), ``"label_probability"`` (only y = the label),
+            ``"fisher"`` (sum_y P (d log P/dw)^2), ``"empirical_fisher"`` ((d log P(label)/dw)^2).
+        likelihood: ``"categorical"`` (logits (N, C) or (N, C, ...), every position a prediction),
+            ``"bernoulli"`` (one logit an output), ``"gaussian"`` (the output itself, unit
+            variance).
+        tolerance: Share of the output energy, sum over samples of the squared Frobenius norm of
+            dP/dlogits, that may be left out to save time, in [0, 1). 0 is exact to round-off.
+        forward: ``forward(module, batch) -> logits`` for batches or models that the default cannot
+            read.
         parameters: Names to score; None for all parameters, tied ones once.
-        signs: Ask for an unbiased estimate from random signs instead, for outputs with very many positions (dense prediction,
-            language models); ``tolerance`` has no part in it. Its standard error:
-            :meth:`SaliencyAccumulator.standard_error`.
+        signs: Ask for an unbiased estimate from random signs instead, for outputs with very many
+            positions (dense prediction, language models); ``tolerance`` has no part in it. Its
+            standard error: :meth:`SaliencyAccumulator.standard_error`.
         workspace: Bytes of memory to use beyond the model, its activations and the scores.
 
     Returns:
-        Full parameter name -> R (probability^2 per weight^2), shaped like the parameter; float32, or float64 for a float64
-        model. A sum over all samples, so twice the data gives twice the score.
+        Full parameter name -> R (probability^2 per weight^2), shaped like the parameter; float32,
+        or float64 for a float64 model. A sum over all samples, so twice the data gives twice the
+        score.
 
     Raises:
-        ValueError: Unknown parameter names, labels missing for a target that needs them, or outputs of the wrong shape.
+        ValueError: Unknown parameter names, labels missing for a target that needs them, or outputs
+            of the wrong shape.
         BatchFormatError: The default forward cannot read a batch.
         NonFiniteScoresError: Logits or scores are not finite.
-        SaliencyError: A parameter has no gradient path to the output, or samples of a batch are mixed.
+        SaliencyError: A parameter has no gradient path to the output, or samples of a batch are
+            mixed.
 
-    Time is about one forward and backward pass of the data where closed forms apply; memory never holds a gradient for
-    each sample. In a distributed run every process gets the sum over its own batches; use :class:`SaliencyAccumulator` for the
-    sum over all of them.
+    Time is about one forward and backward pass of the data where closed forms apply; memory never
+    holds a gradient for each sample. In a distributed run every process gets the sum over its own
+    batches; use :class:`SaliencyAccumulator` for the sum over all of them.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -96,9 +103,11 @@ def squared_gradients(
 
 
 class SaliencyAccumulator(Metric):
-    """Accumulate :func:`squared_gradients` batch by batch, and sum them across processes in :meth:`compute`.
+    """Accumulate :func:`squared_gradients` batch by batch.
 
-    The arguments are those of :func:`squared_gradients`. The model is referred to, not owned: it is no submodule of the metric.
+    :meth:`compute` sums them across processes. The arguments are those of
+    :func:`squared_gradients`. The model is referred to, not owned: it is no submodule of the
+    metric.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -145,7 +154,11 @@ class SaliencyAccumulator(Metric):
         )
         self.names = list(self._engine.parameters)
         for i, parameter in enumerate(self._engine.parameters.values()):
-            self.add_state(f"sum_{i}", in_score_precision(torch.zeros_like(parameter, requires_grad=False)), "sum")
+            self.add_state(
+                f"sum_{i}",
+                in_score_precision(torch.zeros_like(parameter, requires_grad=False)),
+                "sum",
+            )
             if signs is not None:
                 self.add_state(f"variance_{i}", torch.zeros_like(getattr(self, f"sum_{i}")), "sum")
         for name in ("samples_seen", "energy", "dropped"):
@@ -160,7 +173,8 @@ class SaliencyAccumulator(Metric):
 
         Args:
             batch: N samples in the form that ``forward`` reads.
-            logits: (N, ...) the model's output for this batch where it is known already; saves a forward pass.
+            logits: (N, ...) the model's output for this batch where it is known already; saves a
+                forward pass.
         """
         if self._engine.signs is None:
             report = self._engine.add(batch, self.sums, logits)
@@ -184,7 +198,10 @@ class SaliencyAccumulator(Metric):
         return scores
 
     def standard_error(self) -> Scores:
-        """Return the standard error of this process's estimate, shaped like the scores; zero where they are exact."""
+        """Return the standard error of this process's estimate, shaped like the scores.
+
+        It is zero where they are exact.
+        """
         if self._engine.signs is None:
             return {name: torch.zeros_like(total) for name, total in self.sums.items()}
         return {name: getattr(self, f"variance_{i}").sqrt() for i, name in enumerate(self.names)}

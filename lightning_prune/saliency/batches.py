@@ -1,7 +1,8 @@
 """A batch of any form: its model input, its labels, its size, a part of it.
 
-Enters: whatever the user's loader yields. Leaves: tensors, or a smaller batch of the same form. The one
-escape hatch for everything these functions cannot read is ``forward=lambda module, batch: logits``.
+Enters: whatever the user's loader yields. Leaves: tensors, or a smaller batch of the same form. The
+one escape hatch for everything these functions cannot read is
+``forward=lambda module, batch: logits``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def read_inputs(batch: Any) -> Tensor:
     """Return the tensor that the default forward hands to the model.
 
     Args:
-        batch: A tensor, a sequence that starts with a tensor such as ``(x, y)``, or a mapping with one entry that
-            is a tensor and no label (see :data:`LABEL_KEYS`).
+        batch: A tensor, a sequence that starts with a tensor such as ``(x, y)``, or a mapping with
+            one entry that is a tensor and no label (see :data:`LABEL_KEYS`).
 
     Raises:
         BatchFormatError: If the batch has none of these forms.
@@ -43,18 +44,19 @@ def read_inputs(batch: Any) -> Tensor:
         if len(candidates) == 1:
             return candidates[0]
         raise BatchFormatError(
-            f"Expected a dict batch with one input tensor beside its labels, but got the keys {list(batch)}. {WAY_OUT}"
+            "Expected a dict batch with one input tensor beside its labels, but got the keys "
+            f"{list(batch)}. {WAY_OUT}"
         )
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return batch[0]
     raise BatchFormatError(
-        f"Expected a batch that is a tensor, a sequence starting with a tensor, or a dict, but got {_describe(batch)}. "
-        f"{WAY_OUT}"
+        "Expected a batch that is a tensor, a sequence starting with a tensor, or a dict, but got "
+        f"{_describe(batch)}. {WAY_OUT}"
     )
 
 
 def read_labels(batch: Any) -> Tensor | None:
-    """Return the labels of a batch ``(x, y)`` or ``{"x": x, "y": y}``, or None where it carries none."""
+    """Return the labels of a batch ``(x, y)`` or ``{"x": x, "y": y}``, None if there are none."""
     labels: Any = None
     if isinstance(batch, Mapping):
         labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
@@ -66,10 +68,10 @@ def read_labels(batch: Any) -> Tensor | None:
 def default_forward(module: nn.Module, batch: Any) -> Tensor:
     """Run ``module`` on a batch ``x``, ``(x, y)`` or a dict and return its logits.
 
-    A dict is passed by keyword as far as ``module.forward`` has parameters of these names (labels are left out), as
-    one tensor otherwise. An output with an attribute ``logits`` (Hugging Face) is unwrapped; its three-dimensional
-    logits are ``(N, T, C)`` by that library's convention and come back as ``(N, C, T)``, as torch's cross entropy
-    has them.
+    A dict is passed by keyword as far as ``module.forward`` has parameters of these names (labels
+    are left out), as one tensor otherwise. An output with an attribute ``logits`` (Hugging Face) is
+    unwrapped; its three-dimensional logits are ``(N, T, C)`` by that library's convention and come
+    back as ``(N, C, T)``, as torch's cross entropy has them.
 
     Raises:
         BatchFormatError: If the batch cannot be read or the model does not accept what was read.
@@ -81,10 +83,14 @@ def default_forward(module: nn.Module, batch: Any) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        called = ", ".join(keywords) if keywords else f"a tensor of shape {tuple(read_inputs(batch).shape)}"
+        called = (
+            ", ".join(keywords)
+            if keywords
+            else f"a tensor of shape {tuple(read_inputs(batch).shape)}"
+        )
         raise BatchFormatError(
-            f"Expected {type(module).__name__} to accept {called}, read by the default forward from {_describe(batch)}, "
-            f"but it raised {type(error).__name__}: {error}. {WAY_OUT}"
+            f"Expected {type(module).__name__} to accept {called}, read by the default forward "
+            f"from {_describe(batch)}, but it raised {type(error).__name__}: {error}. {WAY_OUT}"
         ) from error
     return unwrap_logits(output)
 
@@ -100,7 +106,9 @@ def unwrap_logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits.transpose(1, 2) if logits.ndim == 3 else logits
-    raise BatchFormatError(f"Expected the model to return logits as a tensor, but got {_describe(output)}. {WAY_OUT}")
+    raise BatchFormatError(
+        f"Expected the model to return logits as a tensor, but got {_describe(output)}. {WAY_OUT}"
+    )
 
 
 def batch_size(batch: Any) -> int:
@@ -112,13 +120,17 @@ def batch_size(batch: Any) -> int:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
-    raise BatchFormatError(f"Expected a batch with a tensor whose axis 0 counts samples, but got {_describe(batch)}. {WAY_OUT}")
+    raise BatchFormatError(
+        "Expected a batch with a tensor whose axis 0 counts samples, but got "
+        f"{_describe(batch)}. {WAY_OUT}"
+    )
 
 
 def take_samples(batch: Any, index: Tensor) -> Any:
     """Return a batch of the same form with the samples in ``index`` (repeats allowed).
 
-    Every tensor whose axis 0 has the length of the batch is indexed; everything else is passed on as it is.
+    Every tensor whose axis 0 has the length of the batch is indexed; everything else is passed on
+    as it is.
     """
     size = batch_size(batch)
 
@@ -143,14 +155,17 @@ def outside_inference_mode(batch: Any) -> Any:
 
 
 def _plain(batch: Any) -> Any:
-    # Mappings of other libraries (Hugging Face's BatchEncoding) are leaves to pytree; a dict is not.
+    # Mappings of other libraries (Hugging Face's BatchEncoding) are leaves to pytree;
+    # a dict is not.
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {k: v for k, v in batch.items() if k not in LABEL_KEYS and (takes_any or k in parameters)}
+    return {
+        k: v for k, v in batch.items() if k not in LABEL_KEYS and (takes_any or k in parameters)
+    }
 
 
 def _describe(value: Any) -> str:

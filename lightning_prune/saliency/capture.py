@@ -1,13 +1,15 @@
-"""Watch one forward pass: which torch functions take which parameters, and where their output gradients arrive.
+"""One forward pass -> which torch functions take which parameters.
 
-Enters: a function that runs the model. Leaves: a list of :class:`Call`, in order, and the names of parameters that were
-used in a way no rule covers. A ``TorchFunctionMode`` sees every call of a torch function on the Python side, whichever
-module, subclass or closure it comes from; nothing is attached to the model, and the mode ends with the pass.
+Enters: a function that runs the model. Leaves: a list of :class:`Call`, in order, each with where
+its output gradient arrives, and the names of parameters that were used in a way no rule covers. A
+``TorchFunctionMode`` sees every call of a torch function on the Python side, whichever module,
+subclass or closure it comes from; nothing is attached to the model, and the mode ends with the
+pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -32,9 +34,11 @@ class Call:
         rule: The class that knows the function.
         arguments: The call's arguments by name.
         names: Role (argument name) -> full name of the parameter passed there.
-        edge: Where autograd delivers the gradient at the output, unaffected by later changes in place.
+        edge: Where autograd delivers the gradient at the output, unaffected by later changes in
+            place.
         shape: The output's shape.
-        copies: How many copies of the output, one after another along axis 0, the gradient arrives for.
+        copies: How many copies of the output, one after another along axis 0, the gradient arrives
+            for.
     """
 
     rule: type[Rule]
@@ -50,13 +54,27 @@ class Call:
         return (self.rule, tuple(self.names.items()), len(self.shape))
 
 
+def backpropagate(
+    outputs: Tensor, inputs: Sequence[Any], direction: Tensor, *, keep: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients at tensors or edges for one direction, None where there is no path.
+
+    ``keep`` leaves the graph in place for another direction.
+    """
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        outputs, inputs, direction, retain_graph=keep, allow_unused=True
+    )
+    return found
+
+
 class Capture(TorchFunctionMode):
     """Record the calls that take one of ``parameters`` while the mode is active.
 
     Args:
         parameters: Full name -> parameter, all of them requiring gradients.
-        copies: Hand the model this many copies of the first captured call's output, as if the batch held so many times its
-            samples. What follows a costly first layer then runs once for all rows, instead of a backward pass a row.
+        copies: Hand the model this many copies of the first captured call's output, as if the batch
+            held so many times its samples. What follows a costly first layer then runs once for all
+            rows, instead of a backward pass a row.
 
     Attributes:
         calls: The captured calls, in order.
@@ -73,7 +91,7 @@ class Capture(TorchFunctionMode):
         self.opaque: set[str] = set()
         self.indexed = False
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Iterable[type],
@@ -104,17 +122,32 @@ class Capture(TorchFunctionMode):
         return found
 
     def _record(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, used: set[str]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        used: set[str],
     ) -> Any:
         rule = lookup(func)
-        if rule is None or not isinstance(output, Tensor) or len(args) > len(rule.signature):
-            # expand(2, 3) spells its sizes out; only the first argument matters there.
-            if rule is None or rule.signature[-1] != "sizes":
-                self.opaque |= used
-                return output
-        arguments = {**dict(zip(rule.signature, args)), **kwargs}
-        names = {role: self._names[id(arguments[role])] for role in rule.roles if id(arguments.get(role)) in self._names}
-        if len(names) < len(used) or len(set(names.values())) < len(names) or not rule.accepts(arguments):
+        # expand(2, 3) spells its sizes out; only the first argument matters there.
+        if rule is None or (
+            rule.signature[-1] != "sizes"
+            and (not isinstance(output, Tensor) or len(args) > len(rule.signature))
+        ):
+            self.opaque |= used
+            return output
+        arguments = {**dict(zip(rule.signature, args, strict=False)), **kwargs}
+        names = {
+            role: self._names[id(arguments[role])]
+            for role in rule.roles
+            if id(arguments.get(role)) in self._names
+        }
+        if (
+            len(names) < len(used)
+            or len(set(names.values())) < len(names)
+            or not rule.accepts(arguments)
+        ):
             self.opaque |= used
             return output
         for role in rule.inputs:
@@ -124,11 +157,16 @@ class Capture(TorchFunctionMode):
         shape = output.shape
         if copies > 1:
             output = output.repeat(copies, *[1] * (output.ndim - 1))
-        self.calls.append(Call(rule, _detached(arguments), names, get_gradient_edge(output), shape, copies))
+        self.calls.append(
+            Call(rule, _detached(arguments), names, get_gradient_edge(output), shape, copies)
+        )
         return output
 
     def close(self) -> None:
-        """Send parameters whose inputs were changed in place after the call to the generic route."""
+        """Send parameters whose inputs were changed in place to the generic route.
+
+        That is, in place after the call.
+        """
         for value, version, names in self._versions:
             if value._version != version:
                 self.opaque.update(names)
@@ -157,7 +195,9 @@ _INDEXING = frozenset(
 
 
 def _has_tensor(values: Iterable[Any]) -> bool:
-    return any(_has_tensor(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) for v in values)
+    return any(
+        _has_tensor(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) for v in values
+    )
 
 
 def _detached(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,17 +214,17 @@ def _refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     training = kwargs.get("training", args[5] if len(args) > 5 else False)
     if training:
         raise SaliencyError(
-            "Expected batch norm to use its running statistics, but F.batch_norm was called with training=True: it mixes "
-            "the samples of a batch, so that P(y|x) of one sample is not defined. Call model.eval(), and give every "
-            "batch norm layer track_running_stats=True."
+            "Expected batch norm to use its running statistics, but F.batch_norm was called with "
+            "training=True: it mixes the samples of a batch, so that P(y|x) of one sample is not "
+            "defined. Call model.eval(), and give every batch norm layer track_running_stats=True."
         )
 
 
 def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a Python-level torch function that runs its body although a function mode is active.
+    """Return a copy of a Python-level torch function that runs its body under a function mode.
 
-    The original hands itself to the mode again as its first act, which would never end; the functions called in its
-    body still reach the mode.
+    The original hands itself to the mode again as its first act, which would never end; the
+    functions called in its body still reach the mode.
     """
     if not isinstance(function, FunctionType):
         raise TypeError(f"Expected a Python function but got {function!r}.")
@@ -203,12 +243,14 @@ _ATTENTION = _without_dispatch(F.multi_head_attention_forward)
 def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Put a model into the state in which it is scored, and back on exit, also after an exception.
 
-    Inside: eval mode, gradients on, inference mode and autocast off (scores are those of the weights as they are stored),
-    the given parameters require gradients, compiled modules run eagerly, and random numbers drawn by the model
-    (a stochastic forward) leave the caller's generators untouched.
+    Inside: eval mode, gradients on, inference mode and autocast off (scores are those of the
+    weights as they are stored), the given parameters require gradients, compiled modules run
+    eagerly, and random numbers drawn by the model (a stochastic forward) leave the caller's
+    generators untouched.
 
     Raises:
-        SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the message names it.
+        SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the
+            message names it.
     """
     modules = dict(model.named_modules())
     _check_batch_norm(modules)
@@ -263,15 +305,17 @@ def _check_batch_norm(modules: Mapping[str, nn.Module]) -> None:
         if module.training or module.running_mean is None:
             reason = "is in train mode" if module.training else "keeps no running statistics"
             raise SaliencyError(
-                f"Expected batch norm to use its running statistics, but layer '{name}' {reason}: it mixes the samples of a "
-                "batch, so that P(y|x) of one sample is not defined. Call model.eval() before scoring (Lightning's "
-                "validation does), and give the layer track_running_stats=True."
+                f"Expected batch norm to use its running statistics, but layer '{name}' {reason}: "
+                "it mixes the samples of a batch, so that P(y|x) of one sample is not defined. "
+                "Call model.eval() before scoring (Lightning's validation does), and give the "
+                "layer track_running_stats=True."
             )
 
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    # A compiled module would be traced anew under the function mode. Older torch has no switch for it.
+    # A compiled module would be traced anew under the function mode.
+    # Older torch has no switch for it.
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is None:
         yield

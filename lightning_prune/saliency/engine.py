@@ -1,10 +1,10 @@
 """One batch -> its squared gradients, added to running sums.
 
-The order of work for a batch: logits (the validation step's own where given, else one cheap pass) say which rows of
-which samples carry the score; samples are grouped by how many rows they need; each group is run forward once under
-:class:`~lightning_prune.saliency.capture.Capture` and backward once a row; each captured call's rule turns output
-gradients into squared per-sample gradients. Which of these shortcuts is taken is chosen by cost; the number computed is the
-same.
+The order of work for a batch: logits (the validation step's own where given, else one cheap pass)
+say which rows of which samples carry the score; samples are grouped by how many rows they need;
+each group is run forward once under :class:`~lightning_prune.saliency.capture.Capture` and backward
+once a row; each captured call's rule turns output gradients into squared per-sample gradients.
+Which of these shortcuts is taken is chosen by cost; the number computed is the same.
 """
 
 from __future__ import annotations
@@ -27,24 +27,39 @@ from lightning_prune.saliency.batches import (
     take_samples,
     unwrap_logits,
 )
-from lightning_prune.saliency.capture import Capture, first_non_finite_layer, prepared
+from lightning_prune.saliency.capture import (
+    Capture,
+    backpropagate,
+    first_non_finite_layer,
+    prepared,
+)
 from lightning_prune.saliency.grouping import Group, group_rows, whole_batch
 from lightning_prune.saliency.plan import Plan, Signature, isolated, make_plan, signature
 from lightning_prune.saliency.registry import in_score_precision
+from lightning_prune.saliency.rows import Rows
 from lightning_prune.saliency.rules import generic
 from lightning_prune.saliency.signs import RandomSigns, random_rows
-from lightning_prune.saliency.rows import Rows
-from lightning_prune.saliency.target import Likelihood, Target, check_finite, check_target, class_rows, output_rows
+from lightning_prune.saliency.target import (
+    Likelihood,
+    Target,
+    check_finite,
+    check_target,
+    class_rows,
+    output_rows,
+)
 from lightning_prune.saliency.uses import Uses
 
 WORKSPACE = 256 * 2**20
 """Default work space in bytes beyond the model, its activations and the scores."""
 
 ROUND_OFF = 1 / 16
-"""At tolerance 0 the share of energy left out is this part of the dtype's epsilon, below the round-off of the sums."""
+"""The part of the dtype's epsilon that is the share of energy left out at tolerance 0.
+
+It is below the round-off of the sums.
+"""
 
 SELECTION_WORK = 50_000
-"""Multiply-accumulates a row from which on choosing rows costs less than backpropagating all of them."""
+"""Multiply-accumulates a row from which on choosing rows costs less than taking all of them."""
 
 MANY_ROWS = 64
 """With more rows a sample than this, rows are always chosen."""
@@ -52,7 +67,13 @@ MANY_ROWS = 64
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one batch added: samples, the rows' squared norm, and the part of it that was left out."""
+    """What one batch added.
+
+    Attributes:
+        samples: How many samples it held.
+        energy: The rows' squared norm.
+        dropped: The part of it that was left out.
+    """
 
     samples: int
     energy: float
@@ -69,7 +90,8 @@ class Engine:
         tolerance: Share of the rows' energy that may be left out.
         forward: ``forward(module, batch) -> logits``; None reads ``x``, ``(x, y)`` and dicts.
         parameters: Names to score; None for all of them.
-        signs: Estimate from random signs instead of being exact; see :mod:`lightning_prune.saliency.signs`.
+        signs: Estimate from random signs instead of being exact; see
+            :mod:`lightning_prune.saliency.signs`.
         workspace: Bytes of work space.
 
     Raises:
@@ -104,20 +126,23 @@ class Engine:
         self._plans: dict[Signature, Plan] = {}
 
     def check(self, batch: Any) -> None:
-        """Find out, at the cost of two samples, whether this batch can be scored; raise what scoring would raise."""
+        """Raise what scoring this batch would raise, at the cost of two samples."""
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
             self._make_plan(batch)
             first = take_samples(batch, torch.tensor([0]))
             self._rows(self._run(first), first)
 
-    def add(self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None = None) -> BatchReport:
+    def add(
+        self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None = None
+    ) -> BatchReport:
         """Add the batch's squared gradients to ``totals``, in place.
 
         Args:
             batch: N samples in the form that ``forward`` reads.
             totals: Full name -> running sum.
-            logits: The model's output for this batch where it is known already, in the weights' precision.
+            logits: The model's output for this batch where it is known already, in the weights'
+                precision.
         """
         if not batch_size(batch):
             return BatchReport(0, 0.0, 0.0)
@@ -134,13 +159,17 @@ class Engine:
                 return BatchReport(batch_size(batch), rows.total, rows.dropped)
             return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
 
-    def add_estimate(self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]) -> BatchReport:
-        """Add an unbiased estimate of the batch's squared gradients, and the variance of that estimate, in place.
+    def add_estimate(
+        self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]
+    ) -> BatchReport:
+        """Add an unbiased estimate of the batch's squared gradients, and its variance, in place.
 
         The arguments are those of :meth:`add`. Needs ``signs``.
         """
         if self.signs is None or self._generator is None:
-            raise ValueError("Expected argument `signs` to say how many draws to make, but it is None.")
+            raise ValueError(
+                "Expected argument `signs` to say how many draws to make, but it is None."
+            )
         if not batch_size(batch):
             return BatchReport(0, 0.0, 0.0)
         draws = self.signs.draws
@@ -154,10 +183,13 @@ class Engine:
                 with Capture(self.parameters) as capture:
                     logits = self._run(batch)
                 capture.close()
-                rows = random_rows(logits, self.target, self.likelihood, read_labels(batch), self._generator)
+                rows = random_rows(
+                    logits, self.target, self.likelihood, read_labels(batch), self._generator
+                )
                 one = {name: torch.zeros_like(total) for name, total in totals.items()}
                 self._backward(batch, capture, logits, rows[None], one)
-                for name, value in one.items():  # Welford's running mean and sum of squared differences
+                # Welford's running mean and sum of squared differences.
+                for name, value in one.items():
                     before = value - means[name]
                     means[name].add_(before, alpha=1 / count)
                     spreads[name].addcmul_(before, value - means[name])
@@ -171,8 +203,9 @@ class Engine:
         missing = [name for name in self.parameters if name not in self.reached]
         if missing:
             raise SaliencyError(
-                f"Expected every parameter to have a gradient path to the output, but {missing} {'has' if len(missing) == 1 else 'have'} none. "
-                "Leave them out with `parameters=[...]`, or return the output that uses them from `forward`."
+                f"Expected every parameter to have a gradient path to the output, but {missing} "
+                f"{'has' if len(missing) == 1 else 'have'} none. Leave them out with "
+                "`parameters=[...]`, or return the output that uses them from `forward`."
             )
 
     def _run(self, batch: Any, copies: int = 1) -> Tensor:
@@ -180,13 +213,17 @@ class Engine:
         expected = batch_size(batch) * copies
         if logits.ndim == 0 or logits.shape[0] != expected:
             raise SaliencyError(
-                f"Expected logits with one row a sample, (N, ...) with N = {expected}, but got {tuple(logits.shape)}."
+                f"Expected logits with one row a sample, (N, ...) with N = {expected}, "
+                f"but got {tuple(logits.shape)}."
             )
         return logits
 
     @contextmanager
     def _explained(self, batch: Any) -> Iterator[None]:
-        """Say which sample and layer non-finite logits come from; they were found on some part of the batch."""
+        """Say which sample and layer non-finite logits come from.
+
+        They were found on some part of the batch.
+        """
         try:
             yield
         except NonFiniteScoresError:
@@ -222,13 +259,18 @@ class Engine:
         return plan if plan is not None and plan.fits(capture.calls, len(logits)) else None
 
     def _selects(self) -> bool:
-        """Decide by cost whether rows are chosen from logits first, or all of them are backpropagated."""
+        """Tell whether rows are chosen from logits first, or all of them are backpropagated.
+
+        Decided by cost.
+        """
         plan = next(reversed(self._plans.values()))
         rows = plan.output.numel()
         if self.likelihood == "categorical":
             every_class = self.target in ("probability", "fisher")
             rows = rows // plan.output[0] * (plan.output[0] if every_class else 1)
-        return rows > MANY_ROWS or (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
+        return rows > MANY_ROWS or (
+            (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
+        )
 
     def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> float:
         every_class = self.likelihood == "categorical" and self.target in ("probability", "fisher")
@@ -238,7 +280,8 @@ class Engine:
             logits = self._run(batch, copies)
         capture.close()
         if copies > 1 and self._plan_for(capture, logits) is None:
-            plan.copying = False  # This batch takes another way through the model than the one the plan was made on.
+            # This batch takes another way through the model than the one the plan was made on.
+            plan.copying = False
             return self._add_all_rows(batch, totals)
         if every_class and logits.ndim == 2:
             gradients = class_rows(logits[: len(logits) // copies], self.target)
@@ -256,7 +299,12 @@ class Engine:
         self._backward(batch, capture, logits, group.gradients(logits), totals)
 
     def _backward(
-        self, batch: Any, capture: Capture, logits: Tensor, rows: Tensor, totals: Mapping[str, Tensor]
+        self,
+        batch: Any,
+        capture: Capture,
+        logits: Tensor,
+        rows: Tensor,
+        totals: Mapping[str, Tensor],
     ) -> None:
         """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
         if signature(capture.calls, capture.opaque) not in self._plans:
@@ -267,32 +315,39 @@ class Engine:
         uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
         for k in range(len(rows) if uses.indices else 0):
             more = k + 1 < len(rows)
-            found = torch.autograd.grad(logits, uses.edges, rows[k], retain_graph=more, allow_unused=True)
+            found = backpropagate(logits, uses.edges, rows[k], keep=more)
             uses.add(found, totals)
         uses.finish(totals)
         if plan.generic:
             others = {name: self.parameters[name] for name in plan.generic}
-            self.reached |= generic.add_squared_gradients(self._run, batch, rows, logits, others, totals)
+            self.reached |= generic.add_squared_gradients(
+                self._run, batch, rows, logits, others, totals
+            )
 
 
 def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
-    """Return the parameters of these names (None: all of them, tied ones once), in the model's order.
+    """Return the parameters of these names in the model's order; None means all, tied ones once.
 
     Raises:
         ValueError: Naming what is unknown and what is there.
     """
-    known = dict(model.named_parameters(remove_duplicate=names is None))
+    known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=names is None))
     if names is None:
         chosen = known
     else:
         names = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise ValueError(f"Expected argument `parameters` to name parameters of the model but got {unknown}. It has {list(known)}.")
+            raise ValueError(
+                "Expected argument `parameters` to name parameters of the model but got "
+                f"{unknown}. It has {list(known)}."
+            )
         chosen = {name: known[name] for name in known if name in set(names)}
     chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
     if not chosen:
-        raise ValueError("Expected at least one floating point parameter to score, but the selection is empty.")
+        raise ValueError(
+            "Expected at least one floating point parameter to score, but the selection is empty."
+        )
     return chosen
 
 

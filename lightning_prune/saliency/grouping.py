@@ -1,7 +1,8 @@
 """Rows -> groups of samples that are run together, so that little is computed for nothing.
 
-A sample that needs one row should not wait for one that needs nine. Samples are sorted by the number of rows they need
-and cut into groups; or, where that is cheaper, every row becomes a sample of its own (the sample is repeated).
+A sample that needs one row should not wait for one that needs nine. Samples are sorted by the
+number of rows they need and cut into groups; or, where that is cheaper, every row becomes a sample
+of its own (the sample is repeated).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_prune.saliency.rows import Rows
 
 FORWARD, BACKWARD, LAUNCH = 1.0, 2.0, 12.0
-"""Costs in units of one sample's forward pass: a sample forward, a row backward, and each pass's fixed cost."""
+"""Costs of a sample forward, a row backward, and a pass; the unit is one sample's forward pass."""
 
 SMALLEST = 16
 """Samples a group should have before a new one is opened."""
@@ -49,12 +50,13 @@ class Group:
 def group_rows(rows: Rows, workspace: int) -> list[Group]:
     """Cut the rows of a batch into groups.
 
-    The gradients of the outputs of one group take at most a quarter of the workspace (a single sample's may take more).
+    The gradients of the outputs of one group take at most a quarter of the workspace (a single
+    sample's may take more).
     """
     if not len(rows.prediction):
         return []
     by_sample, sample, within = _enumerate(rows)
-    present, counts = sample.unique_consecutive(return_counts=True)
+    present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
     cuts = _cuts(counts.tolist(), _most_samples(rows, workspace))
     if _cost(counts.tolist(), cuts) > len(sample) * (FORWARD + BACKWARD) + LAUNCH:
@@ -63,9 +65,13 @@ def group_rows(rows: Rows, workspace: int) -> list[Group]:
     rank[order] = torch.arange(len(order), device=order.device)
     place = rank.repeat_interleave(counts[rank])
     groups = []
-    for start, stop in zip([0, *cuts], [*cuts, len(counts)]):
+    for start, stop in zip([0, *cuts], [*cuts, len(counts)], strict=True):
         mine = (place >= start) & (place < stop)
-        groups.append(Group(rows, present[order[start:stop]], by_sample[mine], within[mine], place[mine] - start))
+        groups.append(
+            Group(
+                rows, present[order[start:stop]], by_sample[mine], within[mine], place[mine] - start
+            )
+        )
     return groups
 
 
@@ -76,10 +82,15 @@ def whole_batch(rows: Rows) -> Group:
 
 
 def _enumerate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows ordered by sample, their samples, and the number of each within its sample, all (S,)."""
+    """Return the rows ordered by sample, their samples, and each row's number within its sample.
+
+    All three are (S,).
+    """
     sample, by_sample = rows.sample.sort(stable=True)
-    _, counts = sample.unique_consecutive(return_counts=True)
-    within = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    _, counts = torch.unique_consecutive(sample, return_counts=True)
+    within = torch.arange(len(sample), device=sample.device) - (
+        counts.cumsum(0) - counts
+    ).repeat_interleave(counts)
     return by_sample, sample, within
 
 
@@ -87,8 +98,14 @@ def _single_rows(rows: Rows, workspace: int) -> list[Group]:
     everything = torch.arange(len(rows.prediction), device=rows.prediction.device)
     size = min(max(SMALLEST, rows.shape[0]), _most_samples(rows, workspace))
     return [
-        Group(rows, rows.sample[part], part, torch.zeros_like(part), torch.arange(len(part), device=part.device))
-        for part in everything.split(size)
+        Group(
+            rows,
+            rows.sample[part],
+            part,
+            torch.zeros_like(part),
+            torch.arange(len(part), device=part.device),
+        )
+        for part in torch.split(everything, size)
     ]
 
 
@@ -97,7 +114,10 @@ def _most_samples(rows: Rows, workspace: int) -> int:
 
 
 def _cuts(counts: list[int], most: int) -> list[int]:
-    """Return where to cut samples sorted by falling counts: at a change of count, once a group is large enough."""
+    """Return where to cut samples that are sorted by falling counts.
+
+    That is at a change of count, once a group is large enough.
+    """
     cuts, start = [], 0
     for i in range(1, len(counts)):
         large = i - start >= SMALLEST and len(counts) - i >= SMALLEST // 2
@@ -108,5 +128,5 @@ def _cuts(counts: list[int], most: int) -> list[int]:
 
 
 def _cost(counts: list[int], cuts: list[int]) -> float:
-    bounds = zip([0, *cuts], [*cuts, len(counts)])
+    bounds = zip([0, *cuts], [*cuts, len(counts)], strict=True)
     return sum((b - a) * FORWARD + counts[a] * ((b - a) * BACKWARD + LAUNCH) for a, b in bounds)

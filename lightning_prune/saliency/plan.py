@@ -1,9 +1,9 @@
 """Which parameters have closed forms in this model, proved on two of its samples.
 
-Enters: a model and a batch. Leaves: a :class:`Plan`. Two samples are run through the model once; plain autograd says what
-each parameter's squared gradients are, and only parameters for which the captured calls give the same number take the
-fast route. So a use of a parameter that went unseen, a sample axis that is not where it seemed, or samples that mix cannot
-end in a wrong score.
+Enters: a model and a batch. Leaves: a :class:`Plan`. Two samples are run through the model once;
+plain autograd says what each parameter's squared gradients are, and only parameters for which the
+captured calls give the same number take the fast route. So a use of a parameter that went unseen, a
+sample axis that is not where it seemed, or samples that mix cannot end in a wrong score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.saliency.batches import batch_size, take_samples
-from lightning_prune.saliency.capture import Call, Capture
+from lightning_prune.saliency.capture import Call, Capture, backpropagate
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
 from lightning_prune.saliency.target import check_finite
 from lightning_prune.saliency.uses import Uses
@@ -28,7 +28,7 @@ Signature: TypeAlias = tuple[Any, ...]
 """What identifies the sequence of captured calls."""
 
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 2e-3}
-"""Largest difference, relative to a parameter's largest score, at which a closed form counts as proved."""
+"""Largest difference, relative to the largest score, at which a closed form counts as proved."""
 
 
 @dataclass
@@ -36,12 +36,15 @@ class Plan:
     """What to do with the calls of one signature.
 
     Attributes:
-        layouts: For each call, where it keeps the samples, or None if its parameters take the generic route.
+        layouts: For each call, where it keeps the samples, or None if its parameters take the
+            generic route.
         closed: Names whose every use is covered.
         generic: Names that take the generic route.
-        copying: Whether the model may be handed copies of the first call's output (:class:`Capture`).
+        copying: Whether the model may be handed copies of the first call's output
+            (:class:`Capture`).
         unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
-        work: Multiply-accumulates a sample and row, beyond the first layer: what one more row costs.
+        work: Multiply-accumulates a sample and row, beyond the first layer: what one more row
+            costs.
         output: The shape of one sample's logits.
         shapes: For each call, the shape of its output on the two samples.
     """
@@ -56,27 +59,41 @@ class Plan:
     copying: bool = False
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
-        """Tell whether every call holds as many positions a sample as it did when the plan was made.
+        """Tell whether every call holds as many positions a sample as when the plan was made.
 
         Where a model routes each sample its own way, a layer's batch is not the model's batch.
         """
         total = samples
-        for call, layout, probe in zip(calls, self.layouts, self.shapes):
+        # A plan that trusts no closed form has no shapes.
+        for call, layout, probe in zip(calls, self.layouts, self.shapes, strict=False):
             samples = total // call.copies
             if layout is not None:
                 axis = 1 if layout is Layout.SECOND else 0
                 if call.shape[axis] % samples or (axis and call.shape[axis] != samples):
                     return False
-                if call.shape[axis] // samples != probe[axis] // PROBE_SAMPLES and call.shape[1:] == probe[1:]:
+                if (
+                    call.shape[axis] // samples != probe[axis] // PROBE_SAMPLES
+                    and call.shape[1:] == probe[1:]
+                ):
                     return False
         return True
 
     def may_copy(self, calls: Sequence[Call]) -> bool:
-        """Tell whether copies of the first call's output could save backward passes: one prediction a sample, one use."""
-        if self.generic or len(self.output) != 1 or not calls or self.layouts[0] is not Layout.FIRST:
+        """Tell whether copies of the first call's output could save backward passes.
+
+        They could with one prediction a sample and one use of the call's parameters.
+        """
+        if (
+            self.generic
+            or len(self.output) != 1
+            or not calls
+            or self.layouts[0] is not Layout.FIRST
+        ):
             return False
         first = set(calls[0].names.values())
-        return calls[0].shape[0] == PROBE_SAMPLES and not any(first & set(call.names.values()) for call in calls[1:])
+        return calls[0].shape[0] == PROBE_SAMPLES and not any(
+            first & set(call.names.values()) for call in calls[1:]
+        )
 
     @classmethod
     def all_generic(cls, calls: Sequence[Call], parameters: Iterable[str], logits: Tensor) -> Plan:
@@ -92,7 +109,10 @@ def signature(calls: Sequence[Call], opaque: set[str]) -> Signature:
 def make_plan(
     run: Callable[..., Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
 ) -> tuple[Signature, Plan]:
-    """Try the closed forms on the first and the last sample of a batch and compare them with autograd."""
+    """Return the plan for batches like this one, and the signature it belongs to.
+
+    Tries the closed forms on the batch's first and last sample and compares them with autograd.
+    """
     size = batch_size(batch)
     pair = take_samples(batch, torch.tensor([0, size - 1]))
     with Capture(parameters) as capture:
@@ -102,7 +122,7 @@ def make_plan(
         return signature(capture.calls, capture.opaque), Plan.all_generic(capture.calls, (), logits)
     check_finite(logits)
     gradients, exact, reached = _probe(logits, capture.calls, parameters)
-    layouts = [_find_layout(g, call.rule) for g, call in zip(gradients, capture.calls)]
+    layouts = [_find_layout(g, call.rule) for g, call in zip(gradients, capture.calls, strict=True)]
     uses = Uses(capture.calls, layouts, reached - capture.opaque, PROBE_SAMPLES, workspace)
     found = {name: torch.zeros_like(exact[name]) for name in uses.names}
     uses.add([gradients[i][0] + gradients[i][1] for i in uses.indices], found)
@@ -117,7 +137,9 @@ def make_plan(
     plan.shapes = [call.shape for call in capture.calls]
     plan.unproved = unproved
     plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
-    plan.copying = plan.may_copy(capture.calls) and _copying_agrees(run, pair, parameters, plan, logits, exact, workspace)
+    plan.copying = plan.may_copy(capture.calls) and _copying_agrees(
+        run, pair, parameters, plan, logits, exact, workspace
+    )
     return signature(capture.calls, capture.opaque), plan
 
 
@@ -130,21 +152,28 @@ def _copying_agrees(
     exact: Mapping[str, Tensor],
     workspace: int,
 ) -> bool:
-    """Tell whether the model gives the same logits and scores when it is handed copies of the first call's output."""
+    """Tell whether the model gives the same logits and scores on copies.
+
+    The copies are of the first call's output.
+    """
     try:
         with Capture(parameters, copies=2) as capture:
             copied = run(pair, 2)
     except (RuntimeError, ValueError, IndexError, BatchFormatError):
         return False  # The model uses its batch size, or its input, beyond the first layer.
-    if copied.shape != (2 * len(logits), *logits.shape[1:]) or not torch.allclose(copied, logits.repeat(2, 1), rtol=1e-3):
+    if copied.shape != (2 * len(logits), *logits.shape[1:]) or not torch.allclose(
+        copied, logits.repeat(2, 1), rtol=1e-3
+    ):
         return False
     uses = Uses(capture.calls, plan.layouts, plan.closed, len(copied), workspace)
     found = {name: torch.zeros_like(exact[name]) for name in uses.names}
     direction = _direction(logits)
-    uses.add(torch.autograd.grad(copied, uses.edges, torch.cat([direction, 3 * direction]), allow_unused=True), found)
+    uses.add(backpropagate(copied, uses.edges, torch.cat([direction, 3 * direction])), found)
     uses.finish(found)
     # Two rows, one three times the other: 1 + 9 times the score of one.
-    return all(_agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items())
+    return all(
+        _agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items()
+    )
 
 
 def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
@@ -153,7 +182,13 @@ def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
 
 def _direction(logits: Tensor) -> Tensor:
     """Return a direction without structure, drawn without random numbers."""
-    return torch.arange(logits.numel(), device=logits.device).mul(1.7).cos().reshape(logits.shape).to(logits.dtype)
+    return (
+        torch.arange(logits.numel(), device=logits.device)
+        .mul(1.7)
+        .cos()
+        .reshape(logits.shape)
+        .to(logits.dtype)
+    )
 
 
 def _probe(
@@ -161,45 +196,50 @@ def _probe(
 ) -> tuple[list[list[Tensor]], dict[str, Tensor], set[str]]:
     """Backpropagate one direction from each sample by itself.
 
-    Returns for each call its two output gradients, for each parameter the exact sum of squares, and the names reached.
+    Returns, for each call, its two output gradients; for each parameter, the exact sum of squares;
+    and the names reached.
     """
     direction = _direction(logits)
     edges = [call.edge for call in calls]
     gradients: list[list[Tensor]] = [[] for _ in calls]
-    exact = {name: torch.zeros_like(in_score_precision(p), requires_grad=False) for name, p in parameters.items()}
+    exact = {
+        name: torch.zeros_like(in_score_precision(p), requires_grad=False)
+        for name, p in parameters.items()
+    }
     reached = set()
     for n in range(PROBE_SAMPLES):
         alone = torch.zeros_like(direction)
         alone[n] = direction[n]
-        found = torch.autograd.grad(
-            logits, [*edges, *parameters.values()], alone, retain_graph=True, allow_unused=True
-        )
+        found = backpropagate(logits, [*edges, *parameters.values()], alone, keep=True)
         for i, call in enumerate(calls):
             gradient = found[i]
             gradients[i].append(logits.new_zeros(call.shape) if gradient is None else gradient)
-        for name, gradient in zip(parameters, found[len(calls) :]):
+        for name, gradient in zip(parameters, found[len(calls) :], strict=True):
             if gradient is not None:
-                gradient = gradient.to_dense() if gradient.is_sparse else gradient
-                exact[name] += in_score_precision(gradient).square()
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                exact[name] += in_score_precision(dense).square()
                 reached.add(name)
     return gradients, exact, reached
 
 
 def isolated(logits: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
-    """Tell whether every sample of this batch keeps to its own part of every call, at the cost of one backward pass.
+    """Tell whether every sample of this batch keeps to its own part of every call.
 
-    The plan was proved on two samples; where a model picks samples or positions by index (experts, masks), another batch may be
-    laid out in another way although it looks the same.
+    Costs one backward pass. The plan was proved on two samples; where a model picks samples or
+    positions by index (experts, masks), another batch may be laid out in another way although it
+    looks the same.
     """
     known = [i for i, layout in enumerate(layouts) if layout is not None]
     scattered = torch.arange(len(logits), device=logits.device).mul(1.7).sin() > 0
     some = _direction(logits) * scattered.reshape(-1, *[1] * (logits.ndim - 1))
-    gradients = torch.autograd.grad(logits, [calls[i].edge for i in known], some, retain_graph=True, allow_unused=True)
-    for i, gradient in zip(known, gradients):
+    gradients = backpropagate(logits, [calls[i].edge for i in known], some, keep=True)
+    for i, gradient in zip(known, gradients, strict=True):
         layout = layouts[i]
         if gradient is None or layout is None:
             continue
-        by_sample = layout.split(gradient, len(logits)).movedim(layout.axis, 0).reshape(len(logits), -1)
+        by_sample = (
+            layout.split(gradient, len(logits)).movedim(layout.axis, 0).reshape(len(logits), -1)
+        )
         if by_sample[~scattered].any():
             return False
     return True

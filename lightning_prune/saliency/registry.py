@@ -1,8 +1,9 @@
 """Torch function -> rule: how one call that takes a parameter yields per-sample gradients of it.
 
-Rules hang on functions (``F.linear``), not on modules: a subclass with its own forward, a module called twice, a
-tied or bare parameter and every padding mode all end in the same few functions. A function without a rule sends its
-parameters down the generic route (:mod:`lightning_prune.saliency.rules.generic`): slow and exact, never skipped.
+Rules hang on functions (``F.linear``), not on modules: a subclass with its own forward, a module
+called twice, a tied or bare parameter and every padding mode all end in the same few functions. A
+function without a rule sends its parameters down the generic route
+(:mod:`lightning_prune.saliency.rules.generic`): slow and exact, never skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 CACHE_BYTES = 4 * 2**20
-"""Per-sample gradients are squared in chunks of about this size, which stay in the processor's cache."""
+"""Size of the chunks in which per-sample gradients are squared; it fits the processor's cache."""
 
 
 class Layout(Enum):
@@ -38,13 +39,14 @@ class Layout(Enum):
 
     def split(self, value: Tensor, samples: int) -> Tensor:
         """Return ``value`` with an axis of its own for samples, except for FIRST."""
-        return value.unflatten(0, (-1, samples)) if self is Layout.INTERLEAVED else value
+        return value.reshape(-1, samples, *value.shape[1:]) if self is Layout.INTERLEAVED else value
 
 
 class Rule(ABC):
-    """One captured call: what its parameters' per-sample gradients are, given the gradient at its output.
+    """One captured call: gradient at its output -> its parameters' per-sample gradients.
 
-    Built once a call from its arguments; used for one or more directions, each a gradient of the call's output.
+    Built once a call from its arguments; used for one or more directions, each a gradient of the
+    call's output.
 
     Args:
         arguments: The call's arguments by name.
@@ -65,7 +67,9 @@ class Rule(ABC):
     layouts: ClassVar[tuple[Layout, ...]] = tuple(Layout)
     """Layouts that the rule can read, in the order in which they are tried."""
 
-    def __init__(self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int
+    ) -> None:
         self.arguments = arguments
         self.samples = samples
         self.layout = layout
@@ -73,18 +77,25 @@ class Rule(ABC):
 
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:
-        """Tell whether the closed form covers this call; if not, the generic route takes its parameters."""
+        """Tell whether the closed form covers this call.
+
+        If not, the generic route takes its parameters.
+        """
         return True
 
     @abstractmethod
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:
-        """Return the gradients of the samples in ``rows``, (rows, *parameter.shape), for one direction.
+        """Return the gradients of the samples in ``rows``, (rows, *parameter.shape).
 
-        ``gradient`` is the gradient at the call's output as autograd returned it.
+        This is for one direction: ``gradient`` is the gradient at the call's output as autograd
+        returned it.
         """
 
     def add(self, gradient: Tensor, totals: Mapping[str, Tensor]) -> None:
-        """Add the sum over samples of squared per-sample gradients for one direction to ``totals``, role by role."""
+        """Add the sum of squared per-sample gradients for one direction to ``totals``.
+
+        The sum is over samples; ``totals`` is by role.
+        """
         for role, total in totals.items():
             step = self.chunk(total)
             for start in range(0, self.samples, step):
@@ -92,13 +103,20 @@ class Rule(ABC):
 
     def finish(self, totals: Mapping[str, Tensor]) -> None:
         """Add what :meth:`add` has put off until all directions were seen."""
+        return  # Most rules put nothing off.
 
     def chunk(self, parameter: Tensor) -> int:
         """Return how many samples' gradients of ``parameter`` to hold at a time."""
-        return max(1, min(self.samples, CACHE_BYTES // max(1, parameter.numel() * parameter.element_size())))
+        return max(
+            1,
+            min(self.samples, CACHE_BYTES // max(1, parameter.numel() * parameter.element_size())),
+        )
 
     def by_sample(self, value: Tensor) -> Tensor:
-        """Return ``value`` with samples on axis 0 and positions on axis 1, (N, T, ...), in the scores' precision."""
+        """Return ``value`` with samples on axis 0 and positions on axis 1, (N, T, ...).
+
+        The result is in the scores' precision.
+        """
         value = self.layout.split(value, self.samples).movedim(self.layout.axis, 0)
         return in_score_precision(value.reshape(self.samples, -1, *value.shape[1:]))
 
@@ -109,7 +127,10 @@ def in_score_precision(value: Tensor) -> Tensor:
 
 
 def square_sum(gradients: Tensor, total: Tensor) -> None:
-    """Add the squares of ``gradients`` (M, *shape) over axis 0 to ``total`` (*shape). Overwrites ``gradients``."""
+    """Add the squares of ``gradients`` (M, *shape) over axis 0 to ``total`` (*shape).
+
+    Overwrites ``gradients``.
+    """
     flat = gradients.reshape(len(gradients), -1)
     total += flat.mul_(flat).sum(0).reshape(total.shape)
 

@@ -1,8 +1,9 @@
 """The rows of one batch in a compact form, and the art of needing few of them.
 
-A categorical target is a sum of terms ``weight_y (e_y - p)`` over classes y. An orthogonal change of basis among the terms of one
-prediction leaves their sum of squares unchanged, and the eigenvectors of the terms' Gram matrix pack nearly all of it into
-the first few rows. What may be left out is spent first on whole terms, which empties sure samples and unlikely classes, then on
+A categorical target is a sum of terms ``weight_y (e_y - p)`` over classes y. An orthogonal change
+of basis among the terms of one prediction leaves their sum of squares unchanged, and the
+eigenvectors of the terms' Gram matrix pack nearly all of it into the first few rows. What may be
+left out is spent first on whole terms, which empties sure samples and unlikely classes, then on
 directions.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_prune.saliency.softmax import Softmax
 
 ROTATED_CLASSES = 12
-"""How many of a prediction's strongest terms are rotated into eigenvectors; the others stay as they are."""
+"""How many of a prediction's strongest terms are rotated into eigenvectors; the others stay."""
 
 PRESELECTED_CLASSES = 64
 """With more classes than this, the likeliest are looked for first and the others only counted."""
@@ -26,14 +27,15 @@ PRESELECTED_CLASSES = 64
 class Rows:
     """Vectors in output space: S rows over M predictions.
 
-    Row s belongs to prediction ``prediction[s]`` (sample-major, ``sample * positions + position``) and is
-    ``sum_j coefficient[s, j] (e_classes[s, j] - p)``.
+    Row s belongs to prediction ``prediction[s]`` (sample-major, ``sample * positions + position``)
+    and is ``sum_j coefficient[s, j] (e_classes[s, j] - p)``.
 
     Attributes:
         prediction: (S,) long.
         classes: (S, m) long, the classes a row is made of.
         coefficient: (S, m).
-        softmax: The M predictions, or None where a row is just its coefficient (bernoulli, gaussian).
+        softmax: The M predictions, or None where a row is just its coefficient (bernoulli,
+            gaussian).
         energy: (S,) the squared norm of each row.
         total: The squared norm of all rows there would be at tolerance 0.
         dropped: The part of ``total`` that was left out.
@@ -70,7 +72,11 @@ class Rows:
             (R, *logits.shape[1:]), zero outside of each row's own position.
         """
         prediction, coefficient = self.prediction[rows], self.coefficient[rows]
-        values = coefficient if self.softmax is None else self.softmax.take(prediction).combine(self.classes[rows], coefficient)
+        values = (
+            coefficient
+            if self.softmax is None
+            else self.softmax.take(prediction).combine(self.classes[rows], coefficient)
+        )
         if self.positions > 1:
             full = values.new_zeros(len(rows), self.positions, values.shape[1])
             full[torch.arange(len(rows), device=full.device), prediction % self.positions] = values
@@ -84,10 +90,21 @@ def independent_rows(weight: Tensor, tolerance: float) -> Rows:
     energy = flat.square().squeeze(1)
     total = float(energy.sum())
     keep, dropped = largest(energy, tolerance * total)
-    return Rows(keep, torch.zeros_like(keep)[:, None], flat[keep], None, energy[keep], total, dropped, weight.shape)
+    return Rows(
+        keep,
+        torch.zeros_like(keep)[:, None],
+        flat[keep],
+        None,
+        energy[keep],
+        total,
+        dropped,
+        weight.shape,
+    )
 
 
-def term_rows(softmax: Softmax, classes: Tensor, weight: Tensor, tolerance: float, shape: torch.Size) -> Rows:
+def term_rows(
+    softmax: Softmax, classes: Tensor, weight: Tensor, tolerance: float, shape: torch.Size
+) -> Rows:
     """Return the given terms as rows, the weakest left out; classes and weight (M, m)."""
     energy = weight.square() * softmax.squared_norms().gather(1, classes)
     total = float(energy.sum())
@@ -98,7 +115,10 @@ def term_rows(softmax: Softmax, classes: Tensor, weight: Tensor, tolerance: floa
 
 
 def rotated_rows(softmax: Softmax, weight: Tensor, tolerance: float, shape: torch.Size) -> Rows:
-    """Return the terms of all classes, rotated, with no more than ``tolerance`` of the energy left out; weight (M, C)."""
+    """Return the terms of all classes, rotated; weight (M, C).
+
+    No more than ``tolerance`` of the energy is left out.
+    """
     energy = weight.square().mul_(softmax.squared_norms())
     total = float(energy.sum(dtype=torch.float64))
     allowance = tolerance * total
@@ -129,7 +149,8 @@ def _rotate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the strongest kept terms of each prediction into eigenvectors of their Gram matrix.
 
-    Returns prediction (S,), classes (S, m), coefficient (S, m), energy (S,) with m = min(ROTATED_CLASSES, terms).
+    Returns prediction (S,), classes (S, m), coefficient (S, m) and energy (S,), with
+    m = min(ROTATED_CLASSES, terms).
     """
     kept = torch.zeros_like(energy).flatten().index_fill_(0, keep, 1.0).reshape(energy.shape)
     alive = kept.any(1).nonzero().squeeze(1)
@@ -138,7 +159,11 @@ def _rotate(
     strength, columns = (energy[alive] * kept).topk(m, dim=1)
     block = classes[alive].gather(1, columns)
     block_weight = weight[alive].gather(1, columns) * (strength > 0)
-    gram = softmax.take(alive).inner_products(block) * block_weight[:, :, None] * block_weight[:, None, :]
+    gram = (
+        softmax.take(alive).inner_products(block)
+        * block_weight[:, :, None]
+        * block_weight[:, None, :]
+    )
     values, vectors = torch.linalg.eigh(gram)
     coefficient = (vectors * block_weight[:, :, None]).transpose(1, 2)
     # The other terms stay as they are: one coefficient a row.
@@ -155,7 +180,10 @@ def _rotate(
 
 
 def largest(energy: Tensor, allowance: float) -> tuple[Tensor, float]:
-    """Return the indices that have to be kept so that what is left out sums to at most ``allowance``, and that sum."""
+    """Return the indices that have to be kept, and the sum of what is left out.
+
+    That sum is at most ``allowance``.
+    """
     if allowance <= 0:
         return (energy > 0).nonzero().squeeze(1), 0.0
     ordered, order = energy.sort()

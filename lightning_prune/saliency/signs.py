@@ -4,9 +4,10 @@ With independent signs v, E[v v^T] = 1, so that for one draw a sample
 
     E[(v^T J dz/dw)^2] = || J dz/dw ||^2 = sum_y (dP_y/dw)^2,
 
-and signs that are independent between positions make one backward pass serve all positions at once (Hutchinson 1990, "A stochastic
-estimator of the trace of the influence matrix"). The estimate is noisy: with a single prediction a sample a handful of exact rows
-is both cheaper and better. Its standard error comes from the spread between draws.
+and signs that are independent between positions make one backward pass serve all positions at once
+(Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"). The estimate is
+noisy: with a single prediction a sample a handful of exact rows is both cheaper and better. Its
+standard error comes from the spread between draws.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.saliency.target import Likelihood, Target, check_finite, check_labels, output_weights
+from lightning_prune.saliency.target import (
+    Likelihood,
+    Target,
+    check_finite,
+    check_labels,
+    output_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class RandomSigns:
     """Ask for an estimate instead of exact scores.
 
     Args:
-        draws: Backward passes a batch, at least 2, so that there is a spread to tell the standard error from.
+        draws: Backward passes a batch, at least 2, so that there is a spread to tell the standard
+            error from.
         seed: Seed of the generator that draws the signs; no other random state is used.
 
     Raises:
@@ -44,9 +52,16 @@ class RandomSigns:
 
 
 def random_rows(
-    logits: Tensor, target: Target, likelihood: Likelihood, labels: Tensor | None, generator: torch.Generator
+    logits: Tensor,
+    target: Target,
+    likelihood: Likelihood,
+    labels: Tensor | None,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Draw one gradient of the output, of the logits' shape and dtype, in every position at once."""
+    """Draw one gradient of the output, in every position at once.
+
+    It has the logits' shape and dtype.
+    """
     check_finite(logits)
     check_labels(logits, labels, target, likelihood)
     z = logits.detach().double()

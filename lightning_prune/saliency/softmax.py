@@ -1,7 +1,7 @@
 """Softmax probabilities with the digits that 1 - p loses.
 
-With p near 1 at the likeliest class, 1 - p has no digits left; summed from the other, small probabilities it has all of them.
-Everything here is written with that sum, ``rest``.
+With p near 1 at the likeliest class, 1 - p has no digits left; summed from the other, small
+probabilities it has all of them. Everything here is written with that sum, ``rest``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ class Softmax:
         p_top, top = p.max(1, keepdim=True)
         small = p.scatter(1, top, 0.0)
         rest = small.sum(1, keepdim=True)
-        return cls(p, top, p_top, rest, torch.linalg.vector_norm(small, dim=1, keepdim=True).square())
+        return cls(
+            p, top, p_top, rest, torch.linalg.vector_norm(small, dim=1, keepdim=True).square()
+        )
 
     def take(self, index: Tensor) -> Softmax:
         """Return the predictions in ``index``."""
-        return Softmax(self.p[index], self.top[index], self.p_top[index], self.rest[index], self.rest_squares[index])
+        return Softmax(
+            self.p[index],
+            self.top[index],
+            self.p_top[index],
+            self.rest[index],
+            self.rest_squares[index],
+        )
 
     def squared_norms(self) -> Tensor:
         """Return |e_c - p|^2 for all classes c, (M, C)."""
@@ -49,9 +57,16 @@ class Softmax:
         return norms.scatter_(1, self.top, self.rest.square() + self.rest_squares)
 
     def inner_products(self, classes: Tensor) -> Tensor:
-        """Return (e_i - p) . (e_j - p) for all pairs of some classes, (M, m) to (M, m, m), in float64."""
+        """Return (e_i - p) . (e_j - p) for all pairs of some classes, (M, m) to (M, m, m).
+
+        The result is in float64.
+        """
         q = self.p.gather(1, classes).double()
-        p_top, rest, rest_squares = self.p_top.double(), self.rest.double(), self.rest_squares.double()
+        p_top, rest, rest_squares = (
+            self.p_top.double(),
+            self.rest.double(),
+            self.rest_squares.double(),
+        )
         is_top = classes == self.top
         base = p_top.square() + rest_squares
         products = base[:, :, None] - q[:, :, None] - q[:, None, :]
@@ -67,4 +82,6 @@ class Softmax:
         values.scatter_add_(1, classes, coefficient)
         at_top = coefficient * (classes == self.top)
         others = (coefficient - at_top).sum(1, keepdim=True)
-        return values.scatter_(1, self.top, at_top.sum(1, keepdim=True) * self.rest - others * self.p_top)
+        return values.scatter_(
+            1, self.top, at_top.sum(1, keepdim=True) * self.rest - others * self.p_top
+        )

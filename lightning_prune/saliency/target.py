@@ -1,12 +1,12 @@
 """Logits -> the rows to backpropagate.
 
-Enters: the model's output for one batch, and labels where the target asks for them. Leaves: :class:`Rows`, vectors v in
-the space of the outputs such that
+Enters: the model's output for one batch, and labels where the target asks for them. Leaves:
+:class:`Rows`, vectors v in the space of the outputs such that
 
     score = sum over rows of (v . dz/dw)^2
 
-is the wanted score. For the categorical likelihood with p = softmax(z) every target is made of one term a class,
-``weight_y (e_y - p)``, with
+is the wanted score. For the categorical likelihood with p = softmax(z) every target is made of one
+term a class, ``weight_y (e_y - p)``, with
 
     probability          all classes, weight p_y         sum_y (dP_y/dw)^2
     label_probability    the label,   weight p_y         (dP_label/dw)^2
@@ -51,14 +51,17 @@ def output_rows(
     Args:
         logits: (N, C) or (N, C, ...) for the categorical likelihood, (N, ...) for the others.
         target: Which score, see the module's docstring.
-        likelihood: ``"categorical"`` (softmax over axis 1), ``"bernoulli"`` (one logit an output; its two classes give
-            2 (dP/dw)^2), ``"gaussian"`` (the output is the prediction, unit variance).
+        likelihood: ``"categorical"`` (softmax over axis 1), ``"bernoulli"`` (one logit an output;
+            its two classes give 2 (dP/dw)^2), ``"gaussian"`` (the output is the prediction, unit
+            variance).
         tolerance: Share of the rows' energy that may be left out, in [0, 1).
         labels: (N, ...) class indices, or the logits' shape for the other likelihoods.
-        rotate: Rotate the terms of a prediction into eigenvectors, which makes fewer rows carry the energy.
+        rotate: Rotate the terms of a prediction into eigenvectors, which makes fewer rows carry the
+            energy.
 
     Raises:
-        ValueError: If the logits' shape fits no prediction of this likelihood, or labels are missing or misshaped.
+        ValueError: If the logits' shape fits no prediction of this likelihood, or labels are
+            missing or misshaped.
         NonFiniteScoresError: If the logits are not finite; the message names the first such sample.
     """
     check_target(target, likelihood)
@@ -68,7 +71,11 @@ def output_rows(
     if likelihood != "categorical":
         return independent_rows(output_weights(z.double(), target, likelihood, labels), tolerance)
     z = _flat(z)
-    softmax = Softmax.of(z.double() if z.shape[1] <= DOUBLE_CLASSES else z.to(torch.promote_types(z.dtype, torch.float32)))
+    softmax = Softmax.of(
+        z.double()
+        if z.shape[1] <= DOUBLE_CLASSES
+        else z.to(torch.promote_types(z.dtype, torch.float32))
+    )
     if target not in ("probability", "fisher"):
         classes, weight = _label_terms(softmax.p, target, labels)
         return term_rows(softmax, classes, weight, tolerance, logits.shape)
@@ -85,9 +92,10 @@ def _flat(z: Tensor) -> Tensor:
 
 
 def class_rows(logits: Tensor, target: Target) -> Tensor:
-    """Return all rows of one prediction a sample, the class terms themselves: (C, N, C) in the logits' dtype.
+    """Return all rows of one prediction a sample, (C, N, C) in the logits' dtype.
 
-    The short way to what ``output_rows(..., rotate=False)`` describes, for the targets that sum over classes.
+    These are the class terms themselves. The short way to what ``output_rows(..., rotate=False)``
+    describes, for the targets that sum over classes.
     """
     check_finite(logits)
     check_labels(logits, None, target, "categorical")
@@ -106,7 +114,8 @@ def check_finite(logits: Tensor) -> None:
     finite = torch.isfinite(logits).reshape(logits.shape[0], -1).all(1)
     first = int((~finite).nonzero()[0])
     raise NonFiniteScoresError(
-        f"Expected finite logits, but sample {first} of the batch has {logits[first].flatten()[:4].tolist()}"
+        f"Expected finite logits, but sample {first} of the batch has "
+        f"{logits[first].flatten()[:4].tolist()}"
         f" ({int((~finite).sum())} of {len(finite)} samples are affected)."
     )
 
@@ -114,49 +123,68 @@ def check_finite(logits: Tensor) -> None:
 def check_target(target: str, likelihood: str) -> None:
     """Raise ValueError if there is no such target or likelihood, or if they do not go together."""
     if target not in get_args(Target):
-        raise ValueError(f"Expected argument `target` to be one of {get_args(Target)} but got {target!r}.")
+        raise ValueError(
+            f"Expected argument `target` to be one of {get_args(Target)} but got {target!r}."
+        )
     if likelihood not in get_args(Likelihood):
-        raise ValueError(f"Expected argument `likelihood` to be one of {get_args(Likelihood)} but got {likelihood!r}.")
+        raise ValueError(
+            f"Expected argument `likelihood` to be one of {get_args(Likelihood)} "
+            f"but got {likelihood!r}."
+        )
     if target == "label_probability" and likelihood == "gaussian":
         raise ValueError(
-            "Expected target='label_probability' with a likelihood over classes, but got 'gaussian', whose labels have a "
-            "density and no probability. Use target='empirical_fisher' or 'probability'."
+            "Expected target='label_probability' with a likelihood over classes, but got "
+            "'gaussian', whose labels have a density and no probability. "
+            "Use target='empirical_fisher' or 'probability'."
         )
 
 
-def check_labels(logits: Tensor, labels: Tensor | None, target: Target, likelihood: Likelihood) -> None:
+def check_labels(
+    logits: Tensor, labels: Tensor | None, target: Target, likelihood: Likelihood
+) -> None:
     """Raise ValueError if logits or labels do not fit target and likelihood."""
     shape = tuple(logits.shape)
     if likelihood == "categorical" and (logits.ndim < 2 or shape[1] < 2):
         raise ValueError(
-            f"Expected logits of shape (N, C) or (N, C, ...) with at least 2 classes for likelihood='categorical', but "
-            f"got {shape}. For one logit an output use likelihood='bernoulli', for regression 'gaussian'."
+            f"Expected logits of shape (N, C) or (N, C, ...) with at least 2 classes for "
+            f"likelihood='categorical', but got {shape}. For one logit an output use "
+            f"likelihood='bernoulli', for regression 'gaussian'."
         )
     if not logits.is_floating_point() or logits.ndim < 1:
-        raise ValueError(f"Expected floating point logits with a sample axis, but got {logits.dtype} of shape {shape}.")
+        raise ValueError(
+            f"Expected floating point logits with a sample axis, but got {logits.dtype} "
+            f"of shape {shape}."
+        )
     if target not in ("label_probability", "empirical_fisher"):
         return
     wanted = shape if likelihood != "categorical" else (shape[0], *shape[2:])
     if labels is None:
         raise ValueError(
-            f"Expected labels of shape {wanted} for target={target!r}, but the batch has none. Yield (x, y) from the "
-            "loader, or use target='probability' or 'fisher', which need no label."
+            f"Expected labels of shape {wanted} for target={target!r}, but the batch has none. "
+            "Yield (x, y) from the loader, or use target='probability' or 'fisher', which need no "
+            "label."
         )
     if tuple(labels.shape) != wanted:
-        raise ValueError(f"Expected labels of shape {wanted} for target={target!r}, but got {tuple(labels.shape)}.")
+        raise ValueError(
+            f"Expected labels of shape {wanted} for target={target!r}, "
+            f"but got {tuple(labels.shape)}."
+        )
     if likelihood == "categorical":
         valid = ((labels >= 0) & (labels < shape[1])) | (labels == IGNORED_LABEL)
         if labels.is_floating_point() or not bool(valid.all()):
             raise ValueError(
-                f"Expected integer labels in [0, {shape[1]}) for target={target!r}, but got {labels.dtype} with the range "
-                f"[{labels.min().item()}, {labels.max().item()}]."
+                f"Expected integer labels in [0, {shape[1]}) for target={target!r}, but got "
+                f"{labels.dtype} with the range [{labels.min().item()}, {labels.max().item()}]."
             )
 
 
-def output_weights(z: Tensor, target: Target, likelihood: Likelihood, labels: Tensor | None) -> Tensor:
+def output_weights(
+    z: Tensor, target: Target, likelihood: Likelihood, labels: Tensor | None
+) -> Tensor:
     """Return what multiplies each output's gradient, shaped like the outputs ``z`` (float64).
 
-    For the categorical likelihood: the weights of the class terms, zero for the classes that make none.
+    For the categorical likelihood: the weights of the class terms, zero for the classes that make
+    none.
     """
     if likelihood == "categorical":
         p = _flat(z).softmax(-1)
@@ -179,7 +207,10 @@ def output_weights(z: Tensor, target: Target, likelihood: Likelihood, labels: Te
 
 
 def _label_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the one class of each prediction that makes a term, (M, 1) long, and the term's weight, (M, 1)."""
+    """Return the one class of each prediction that makes a term, and the term's weight.
+
+    Both are (M, 1); the class is long.
+    """
     if labels is None:
         raise ValueError(f"Expected labels for target={target!r} but got None.")
     labels = labels.reshape(-1)

@@ -1,8 +1,9 @@
 """Captured calls -> squared gradients of the parameters they take, direction by direction.
 
-Enters: the calls of one forward pass, where each keeps its samples, and one output gradient a call and direction. Leaves:
-the sum over samples and directions of squared per-sample gradients. A parameter with one use is left to its call's rule; where
-it has several (tied weights, a module called twice) the uses' per-sample gradients are summed before they are squared.
+Enters: the calls of one forward pass, where each keeps its samples, and one output gradient a call
+and direction. Leaves: the sum over samples and directions of squared per-sample gradients. A
+parameter with one use is left to its call's rule; where it has several (tied weights, a module
+called twice) the uses' per-sample gradients are summed before they are squared.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ class Uses:
         samples: int,
         workspace: int,
     ) -> None:
-        unknown = {name for call, layout in zip(calls, layouts) if layout is None for name in call.names.values()}
+        unknown = {
+            name
+            for call, layout in zip(calls, layouts, strict=False)  # copies may take another way
+            if layout is None
+            for name in call.names.values()
+        }
         parts: dict[str, list[tuple[int, str]]] = {}
         for i, call in enumerate(calls):
             for role, name in call.names.items():
@@ -67,14 +73,16 @@ class Uses:
 
     def add(self, gradients: Sequence[Tensor | None], totals: Mapping[str, Tensor]) -> None:
         """Add one direction, given the output gradient of each call in :attr:`indices`."""
-        found = dict(zip(self.indices, gradients))
+        found = dict(zip(self.indices, gradients, strict=True))
         for i, roles in self._single.items():
             if (gradient := found[i]) is not None:
                 sums = {role: totals[name] for role, name in roles.items()}
                 for part in gradient.chunk(self._copies[i]):
                     self._rules[i].add(part, sums)
         for name, uses in self._several.items():
-            self._add_several([(i, role, g) for i, role in uses if (g := found[i]) is not None], totals[name])
+            self._add_several(
+                [(i, role, g) for i, role in uses if (g := found[i]) is not None], totals[name]
+            )
 
     def finish(self, totals: Mapping[str, Tensor]) -> None:
         """Let the rules add what they have put off until all directions were seen."""

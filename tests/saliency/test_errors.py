@@ -62,7 +62,9 @@ def test_missing_labels(model: nn.Module) -> None:
         squared_gradients(model, [torch.randn(2, 4)], target="empirical_fisher")
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]])])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]])]
+)
 def test_labels_that_do_not_fit(model: nn.Module, labels: Tensor) -> None:
     with pytest.raises(ValueError, match="labels"):
         squared_gradients(model, [(torch.randn(2, 4), labels)], target="label_probability")
@@ -107,7 +109,9 @@ def test_outputs_that_depend_on_no_parameter() -> None:
         squared_gradients(Detached(4, 3), [torch.randn(2, 4)])
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(5), nn.BatchNorm1d(5, track_running_stats=False).eval()])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(5), nn.BatchNorm1d(5, track_running_stats=False).eval()]
+)
 def test_batch_statistics_are_refused_by_name(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 3))
     with pytest.raises(SaliencyError, match="layer '1'"):
@@ -126,4 +130,6 @@ def test_functional_batch_statistics_are_refused() -> None:
 
 def test_logits_without_a_sample_axis(model: nn.Module) -> None:
     with pytest.raises(SaliencyError, match="one row a sample"):
-        squared_gradients(model, [torch.randn(4, 4)], forward=lambda m, x: m(x).mean(0, keepdim=True))
+        squared_gradients(
+            model, [torch.randn(4, 4)], forward=lambda m, x: m(x).mean(0, keepdim=True)
+        )

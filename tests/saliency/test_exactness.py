@@ -28,7 +28,14 @@ def test_splitting_and_reordering_the_data_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "conv2d strided, padded, dilated, grouped", "conv1d same padding", "batch norm", "layer norm"]
+    "name",
+    [
+        "mlp",
+        "conv2d strided, padded, dilated, grouped",
+        "conv1d same padding",
+        "batch norm",
+        "layer norm",
+    ],
 )
 def test_scores_equal_the_jacobian_of_the_softmax(name: str) -> None:
     model, batch = make(name)
@@ -44,7 +51,9 @@ def test_scores_equal_the_jacobian_of_the_softmax(name: str) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10 * float(value.max()))
 
 
-@pytest.mark.parametrize("target", ["probability", "label_probability", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize(
+    "target", ["probability", "label_probability", "fisher", "empirical_fisher"]
+)
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer", "dense prediction", "lstm"])
 def test_every_target_with_classes(name: str, target: str) -> None:
     model, x = make(name)
@@ -52,11 +61,15 @@ def test_every_target_with_classes(name: str, target: str) -> None:
         logits = model(x)
     y = torch.randint(0, logits.shape[1], (len(x), *logits.shape[2:]))
     expected = reference.squared_gradients(model, (x, y), target=target)
-    assert reference.largest_error(squared_gradients(model, [(x, y)], target=target), expected) < 1e-9
+    assert (
+        reference.largest_error(squared_gradients(model, [(x, y)], target=target), expected) < 1e-9
+    )
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-@pytest.mark.parametrize("target", ["probability", "label_probability", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize(
+    "target", ["probability", "label_probability", "fisher", "empirical_fisher"]
+)
 def test_other_likelihoods(likelihood: str, target: str) -> None:
     if (likelihood, target) == ("gaussian", "label_probability"):
         pytest.skip("a density has no probability; refused, see test_errors")
@@ -72,7 +85,10 @@ def test_one_output_a_sample_without_a_class_axis() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)).double()
     x = torch.randn(5, 4).double()
     expected = reference.squared_gradients(model, x, likelihood="bernoulli")
-    assert reference.largest_error(squared_gradients(model, [x], likelihood="bernoulli"), expected) < 1e-9
+    assert (
+        reference.largest_error(squared_gradients(model, [x], likelihood="bernoulli"), expected)
+        < 1e-9
+    )
 
 
 def test_ignored_labels_are_no_predictions() -> None:
@@ -80,14 +96,20 @@ def test_ignored_labels_are_no_predictions() -> None:
     y = torch.randint(0, 3, (3, 3, 3))
     y[0] = -100
     expected = reference.squared_gradients(model, (x, y), target="empirical_fisher")
-    assert reference.largest_error(squared_gradients(model, [(x, y)], target="empirical_fisher"), expected) < 1e-9
+    assert (
+        reference.largest_error(
+            squared_gradients(model, [(x, y)], target="empirical_fisher"), expected
+        )
+        < 1e-9
+    )
 
 
 def test_it_is_not_the_square_of_the_batch_gradient() -> None:
     model, x = make("mlp")
     p = model(x).softmax(-1)
     wrong = sum(
-        torch.autograd.grad(p[:, c].sum(), model[0].weight, retain_graph=True)[0].square() for c in range(p.shape[1])
+        torch.autograd.grad(p[:, c].sum(), model[0].weight, retain_graph=True)[0].square()
+        for c in range(p.shape[1])
     )
     right = squared_gradients(model, [x])["0.weight"]
     assert (wrong - right).abs().max() > 0.05 * right.max()
@@ -121,8 +143,14 @@ def test_known_logits_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("workspace", [1, 10_000, 2**28])
-@pytest.mark.parametrize("name", ["conv2d", "transformer", "transposed conv2d, grouped", "tied weights", "dense prediction"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv2d", "transformer", "transposed conv2d, grouped", "tied weights", "dense prediction"],
+)
 def test_a_small_workspace_changes_nothing(name: str, workspace: int) -> None:
     model, batch = make(name)
     expected = squared_gradients(model, [batch])
-    assert reference.largest_error(squared_gradients(model, [batch], workspace=workspace), expected) < 1e-10
+    assert (
+        reference.largest_error(squared_gradients(model, [batch], workspace=workspace), expected)
+        < 1e-10
+    )

@@ -10,7 +10,9 @@ from tests import reference
 from tests.cases import make
 
 
-@pytest.mark.parametrize("target", ["probability", "fisher", "label_probability", "empirical_fisher"])
+@pytest.mark.parametrize(
+    "target", ["probability", "fisher", "label_probability", "empirical_fisher"]
+)
 @pytest.mark.parametrize("name", ["dense prediction", "mlp", "lstm"])
 def test_the_mean_over_many_draws_is_the_exact_score(name: str, target: str) -> None:
     model, x = make(name)
@@ -24,7 +26,8 @@ def test_the_mean_over_many_draws_is_the_exact_score(name: str, target: str) -> 
     for key, score in exact.items():
         away = (found[key] - score).abs()
         assert float(away.max()) < 0.35 * float(score.max())
-        # Within four standard errors nearly everywhere, and those are neither far too small nor far too large.
+        # Within four standard errors nearly everywhere, and those are neither far too small nor far
+        # too large.
         assert float((away > 4 * error[key] + 1e-9 * score.max()).double().mean()) < 0.05
         if name != "dense prediction" and target in ("label_probability", "empirical_fisher"):
             assert float(error[key].max()) < 1e-12  # one term a sample: its sign does not matter

@@ -1,4 +1,7 @@
-"""What goes wrong elsewhere: state left behind, inference mode, low precision, mixed samples, unseen parameters."""
+"""What goes wrong elsewhere.
+
+State left behind, inference mode, low precision, mixed samples, unseen parameters.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "modes": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
         "values": [v.clone() for v in model.state_dict().values()],
         "rng": torch.get_rng_state(),
         "grad_enabled": torch.is_grad_enabled(),
@@ -70,7 +76,9 @@ def test_the_model_is_left_as_it_was_after_an_exception() -> None:
 def test_dropout_is_off() -> None:
     model = noisy_model()
     x = torch.randn(5, 4)
-    assert torch.equal(squared_gradients(model, [x])["0.weight"], squared_gradients(model.eval(), [x])["0.weight"])
+    assert torch.equal(
+        squared_gradients(model, [x])["0.weight"], squared_gradients(model.eval(), [x])["0.weight"]
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -94,7 +102,10 @@ def test_float32_is_close_to_float64() -> None:
         # Attention's key bias has a true score of 0, where only absolute errors mean anything.
         floor = 1e-9 * max(float(score.max()) for score in expected.values())
         for key, score in expected.items():
-            assert float((found[key] - score).abs().max()) < 1e-4 * float(score.max()) + floor, (name, key)
+            assert float((found[key] - score).abs().max()) < 1e-4 * float(score.max()) + floor, (
+                name,
+                key,
+            )
 
 
 def test_bfloat16_accumulates_in_float32() -> None:
@@ -104,7 +115,8 @@ def test_bfloat16_accumulates_in_float32() -> None:
     found = squared_gradients(half, [batch.bfloat16()] * 1000)
     for key, score in expected.items():
         assert found[key].dtype == torch.float32
-        # bfloat16 itself has 3 digits; a bfloat16 sum over 1000 batches would stop growing at about 256.
+        # bfloat16 itself has 3 digits; a bfloat16 sum over 1000 batches would stop growing at about
+        # 256.
         assert float((found[key] / 1000 - score).abs().max()) < 0.1 * float(score.max())
 
 
@@ -131,7 +143,9 @@ def test_autocast_does_not_touch_the_scores() -> None:
 def test_channels_last() -> None:
     model, x = make("conv2d strided, padded, dilated, grouped")
     expected = squared_gradients(model, [x])
-    found = squared_gradients(model.to(memory_format=torch.channels_last), [x.to(memory_format=torch.channels_last)])
+    found = squared_gradients(
+        model.to(memory_format=torch.channels_last), [x.to(memory_format=torch.channels_last)]
+    )
     assert reference.largest_error(found, expected) < 1e-10
 
 
@@ -163,7 +177,8 @@ class MixingLater(Mixing):
 
 
 def test_mixed_samples_are_refused() -> None:
-    # Centred inputs cannot be told from any other data by looking at gradients; mixed activations can.
+    # Centred inputs cannot be told from any other data by looking at gradients; mixed activations
+    # can.
     with pytest.raises(Exception, match="depend on that sample alone"):
         squared_gradients(MixingLater().double(), [torch.randn(5, 4).double()])
 
@@ -208,11 +223,19 @@ class Routed(nn.Module):
 def test_routed_samples() -> None:
     torch.manual_seed(0)
     model, x = Routed().double(), torch.randn(9, 4).double()
-    assert reference.largest_error(squared_gradients(model, [x]), reference.squared_gradients(model, x)) < 1e-9
+    assert (
+        reference.largest_error(
+            squared_gradients(model, [x]), reference.squared_gradients(model, x)
+        )
+        < 1e-9
+    )
 
 
 class Sorted(nn.Module):
-    """Positions of all samples are processed in the order of their values: fine for two samples, mixed for more."""
+    """Positions of all samples are processed in the order of their values.
+
+    That is fine for two samples and mixes more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,8 +251,16 @@ class Sorted(nn.Module):
 def test_positions_sorted_across_samples() -> None:
     torch.manual_seed(0)
     model, x = Sorted().double(), torch.randn(6, 3, 4).double()
-    x[0, :, 0], x[-1, :, 0] = torch.tensor([-9.0, -8.0, -7.0]).double(), torch.tensor([7.0, 8.0, 9.0]).double()
-    assert reference.largest_error(squared_gradients(model, [x]), reference.squared_gradients(model, x)) < 1e-9
+    x[0, :, 0], x[-1, :, 0] = (
+        torch.tensor([-9.0, -8.0, -7.0]).double(),
+        torch.tensor([7.0, 8.0, 9.0]).double(),
+    )
+    assert (
+        reference.largest_error(
+            squared_gradients(model, [x]), reference.squared_gradients(model, x)
+        )
+        < 1e-9
+    )
 
 
 def test_a_dict_batch_reaches_the_model_by_keyword_and_logits_are_unwrapped() -> None:
@@ -242,7 +273,11 @@ def test_a_dict_batch_reaches_the_model_by_keyword_and_logits_are_unwrapped() ->
             return SimpleNamespace(logits=self.linear(inputs * scale[:, None]))
 
     model = Wrapped().double()
-    batch = {"inputs": torch.randn(5, 4).double(), "scale": torch.rand(5).double(), "labels": torch.arange(5) % 3}
+    batch = {
+        "inputs": torch.randn(5, 4).double(),
+        "scale": torch.rand(5).double(),
+        "labels": torch.arange(5) % 3,
+    }
 
     def forward(module: nn.Module, part: dict[str, Tensor]) -> Tensor:
         return module(part["inputs"], part["scale"]).logits
@@ -250,10 +285,22 @@ def test_a_dict_batch_reaches_the_model_by_keyword_and_logits_are_unwrapped() ->
     expected = reference.squared_gradients(model, batch, forward=forward)
     assert reference.largest_error(squared_gradients(model, [batch]), expected) < 1e-9
     expected = reference.squared_gradients(model, batch, forward=forward, target="empirical_fisher")
-    assert reference.largest_error(squared_gradients(model, [batch], target="empirical_fisher"), expected) < 1e-9
+    assert (
+        reference.largest_error(
+            squared_gradients(model, [batch], target="empirical_fisher"), expected
+        )
+        < 1e-9
+    )
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("lstm", "gru", "weight norm", "low rank", "bilinear", "cross attention")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in CASES
+        if n not in ("lstm", "gru", "weight norm", "low rank", "bilinear", "cross attention")
+    ],
+)
 def test_common_layers_do_not_fall_back_to_the_slow_route(name: str) -> None:
     slow = {
         "subclass with its own forward": {"0.weight"},  # a weight computed from the parameter
@@ -281,6 +328,8 @@ def test_the_metric_does_not_own_the_model() -> None:
     model, x = make("mlp")
     accumulator = SaliencyAccumulator(model)
     accumulator.update(x)
-    assert not list(accumulator.parameters()) and not accumulator.state_dict()
+    assert not list(accumulator.parameters())
+    assert not accumulator.state_dict()
     accumulator.reset()
-    assert accumulator.samples == 0 and not accumulator.sums["0.weight"].any()
+    assert accumulator.samples == 0
+    assert not accumulator.sums["0.weight"].any()

@@ -1,18 +1,18 @@
 """Convolutions in one, two and three dimensions, and transposed ones.
 
-Unfolded to columns, a convolution is a matrix product with the output's places as positions: a sample's gradient of
-the weight is g (D_out, T) times columns^T (T, D_in * kernel). A transposed convolution swaps the roles: its output
-gradient is what gets unfolded and its input multiplies it. Padding modes other than zeros are a pad call of their own before
-the convolution, so nothing about them is needed here.
+Unfolded to columns, a convolution is a matrix product with the output's places as positions: a
+sample's gradient of the weight is g (D_out, T) times columns^T (T, D_in * kernel). A transposed
+convolution swaps the roles: its output gradient is what gets unfolded and its input multiplies it.
+Padding modes other than zeros are a pad call of their own before the convolution, so nothing about
+them is needed here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,12 +21,25 @@ from lightning_prune.saliency.registry import Layout, Rule, in_score_precision, 
 
 @rule_for(F.conv1d, F.conv2d, F.conv3d)
 class Conv(Rule):
-    """``convNd(input, weight, bias, stride, padding, dilation, groups)``: weight (D_out, D_in / groups, *kernel)."""
+    """``convNd(input, weight, bias, stride, padding, dilation, groups)``.
 
-    signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    The weight is (D_out, D_in / groups, *kernel).
+    """
+
+    signature: ClassVar[tuple[str, ...]] = (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
     layouts = (Layout.FIRST,)
 
-    def __init__(self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int
+    ) -> None:
         super().__init__(arguments, samples, layout, workspace)
         self.kernel = tuple(arguments["weight"].shape[2:])
         dims = len(self.kernel)
@@ -46,7 +59,9 @@ class Conv(Rule):
     def chunk(self, parameter: Tensor) -> int:
         """Bound the columns as well as the gradients."""
         places = math.prod(self.image().shape[2:]) * self.folded
-        columns = places * self.image().shape[1] * math.prod(self.kernel) * parameter.element_size()
+        columns: int = (
+            places * self.image().shape[1] * math.prod(self.kernel) * parameter.element_size()
+        )
         return max(1, min(super().chunk(parameter), self.workspace // (4 * max(1, columns))))
 
     def image(self) -> Tensor:
@@ -80,12 +95,20 @@ class Conv(Rule):
         batch, channels, *steps = image.stride()
         columns = image.as_strided(
             (*image.shape[:2], *self.kernel, *places),
-            (batch, channels, *map(math.prod, zip(steps, self.dilation)), *map(math.prod, zip(steps, self.stride))),
+            (
+                batch,
+                channels,
+                *map(math.prod, zip(steps, self.dilation, strict=True)),
+                *map(math.prod, zip(steps, self.stride, strict=True)),
+            ),
         )
         return columns.reshape(len(image), self.groups, -1, math.prod(places))
 
     def _products(self, columns: Tensor, g: Tensor) -> Tensor:
-        """Return (m, *weight.shape) from columns (M, groups, D, T) and g (M, D_out, *places), M = m * folded."""
+        """Return (m, *weight.shape) from columns (M, groups, D, T) and g (M, D_out, *places).
+
+        M = m * folded.
+        """
         g = g.reshape(len(g), self.groups, -1, columns.shape[-1])
         products = g @ columns.transpose(2, 3)
         if self.folded > 1:
@@ -97,7 +120,16 @@ class Conv(Rule):
 class ConvTranspose(Conv):
     """``conv_transposeNd(input, weight, ...)``: weight (D_in, D_out / groups, *kernel)."""
 
-    signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    signature = (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "output_padding",
+        "groups",
+        "dilation",
+    )
 
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
         if role == "bias":
@@ -113,10 +145,14 @@ def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return tuple(value) * (dims if len(value) == 1 else 1)
 
 
-def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def _padding(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
     """Return F.pad's list: last dimension first, before and after."""
     if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
+        total = [
+            d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)
+        ]
         pairs = [(t // 2, t - t // 2) for t in total]
     else:
         pairs = [(p, p) for p in _each(padding, len(kernel))]

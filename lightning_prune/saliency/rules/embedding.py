@@ -1,7 +1,7 @@
 """Table look-ups: ``F.embedding``.
 
-A sample's gradient of row v is the sum of g over the places where the sample holds v, so repeated indices are summed
-before they are squared. The table itself is never written out per sample.
+A sample's gradient of row v is the sum of g over the places where the sample holds v, so repeated
+indices are summed before they are squared. The table itself is never written out per sample.
 """
 
 from __future__ import annotations
@@ -20,16 +20,31 @@ from lightning_prune.saliency.registry import Rule, rule_for
 class Embedding(Rule):
     """``embedding(input, weight, padding_idx, ...)``: input (N, ...) indices, weight (V, D)."""
 
-    signature = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    signature = (
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    )
     roles = ("weight",)
 
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:
         """Leave out the options that change the table or its gradient."""
-        return arguments.get("max_norm") is None and not arguments.get("scale_grad_by_freq") and not arguments.get("sparse")
+        return (
+            arguments.get("max_norm") is None
+            and not arguments.get("scale_grad_by_freq")
+            and not arguments.get("sparse")
+        )
 
     def _summed(self, gradient: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sample (U,), index (U,) and the summed gradient (U, D) of each distinct pair in ``rows``."""
+        """Return each distinct pair in ``rows``, and its summed gradient.
+
+        That is sample (U,), index (U,) and gradient (U, D).
+        """
         index = self.layout.split(self.arguments["input"], self.samples)
         index = index.movedim(self.layout.axis, 0).reshape(self.samples, -1)[rows]
         width = gradient.shape[-1]

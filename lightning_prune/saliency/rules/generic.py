@@ -1,7 +1,8 @@
 """The route for everything without a rule: one sample at a time, by plain autograd.
 
-Exact for any network whose outputs are differentiable (recurrent layers, weights computed from parameters, custom
-autograd functions), at the price of one forward pass a sample and one backward pass a row.
+Exact for any network whose outputs are differentiable (recurrent layers, weights computed from
+parameters, custom autograd functions), at the price of one forward pass a sample and one backward
+pass a row.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def add_squared_gradients(
         The names of the parameters that some output depends on.
 
     Raises:
-        SaliencyError: If a sample's logits differ from those it has inside the batch: the model mixes samples.
+        SaliencyError: If a sample's logits differ from those it has inside the batch: the model
+            mixes samples.
     """
     names = list(parameters)
     reached = set()
@@ -55,10 +57,10 @@ def add_squared_gradients(
                 retain_graph=k != active[-1],
                 allow_unused=True,
             )
-            for name, gradient in zip(names, gradients):
+            for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
-                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-                    totals[name].add_(in_score_precision(gradient).square())
+                    dense = gradient.to_dense() if gradient.is_sparse else gradient
+                    totals[name].add_(in_score_precision(dense).square())
                     reached.add(name)
     return reached
 
@@ -68,7 +70,8 @@ def _check_alone(alone: Tensor, inside: Tensor, sample: int) -> None:
     scale = float(inside.detach().abs().amax()) + 1e-6
     if alone.shape != inside.shape or float((alone - inside).detach().abs().amax()) > loose * scale:
         raise SaliencyError(
-            f"Expected every sample's output to depend on that sample alone, but sample {sample} has other logits by itself "
-            f"than inside its batch (shapes {tuple(alone.shape)} and {tuple(inside.shape)}). The model mixes samples, or the batch "
-            "holds tensors whose axis 0 does not count samples; P(y|x) of one sample is not defined then."
+            f"Expected every sample's output to depend on that sample alone, but sample {sample} "
+            f"has other logits by itself than inside its batch (shapes {tuple(alone.shape)} and "
+            f"{tuple(inside.shape)}). The model mixes samples, or the batch holds tensors whose "
+            "axis 0 does not count samples; P(y|x) of one sample is not defined then."
         )

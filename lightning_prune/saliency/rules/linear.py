@@ -1,14 +1,15 @@
 """Matrix products: ``F.linear``, ``x @ W``, ``torch.addmm``.
 
-With a the input and g the gradient at the output, a sample's gradient of the weight is sum_t g_t a_t^T over its
-positions t. With one position the sum of squares over samples and directions k splits into one matrix product,
-(sum_k g_k^2)^T (a^2), and no per-sample gradient is formed.
+With a the input and g the gradient at the output, a sample's gradient of the weight is
+sum_t g_t a_t^T over its positions t. With one position the sum of squares over samples and
+directions k splits into one matrix product, (sum_k g_k^2)^T (a^2), and no per-sample gradient is
+formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from lightning_prune.saliency.registry import Layout, Rule, rule_for
 class Linear(Rule):
     """``linear(input, weight, bias)``: weight (D_out, D_in)."""
 
-    signature = ("input", "weight", "bias")
+    signature: ClassVar[tuple[str, ...]] = ("input", "weight", "bias")
 
-    def __init__(self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], samples: int, layout: Layout, workspace: int
+    ) -> None:
         super().__init__(arguments, samples, layout, workspace)
         self.activation = self._positions(arguments["input"])
         self.one_position = self.activation.shape[1] == 1
@@ -32,7 +35,7 @@ class Linear(Rule):
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:
         """Cover batched inputs with a matrix as weight."""
-        return arguments["input"].ndim >= 2 and arguments["weight"].ndim == 2
+        return bool(arguments["input"].ndim >= 2 and arguments["weight"].ndim == 2)
 
     def _positions(self, value: Tensor) -> Tensor:
         value = self.by_sample(value)
@@ -71,7 +74,7 @@ class Linear(Rule):
 class MatMul(Linear):
     """``input @ weight`` with the parameter on the right: weight (D_in, D_out)."""
 
-    signature = ("input", "weight")
+    signature: ClassVar[tuple[str, ...]] = ("input", "weight")
 
     @staticmethod
     def outer(g: Tensor, a: Tensor) -> Tensor:  # noqa: D102

@@ -1,13 +1,15 @@
-"""Scale and shift: normalisation layers, and bare parameters that are added, multiplied or expanded.
+"""Scale and shift: normalisation layers and bare parameters.
 
-With x the normalised input, y = x * weight + bias. A sample's gradient of the weight is the sum of g x over everything
-the weight is broadcast over within the sample, that of the bias the sum of g.
+Bare parameters are those that are added, multiplied or expanded outside of any layer.
+
+With x the normalised input, y = x * weight + bias. A sample's gradient of the weight is the sum of
+g x over everything the weight is broadcast over within the sample, that of the bias the sum of g.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ class ScaleShift(Rule):
         raise NotImplementedError
 
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
-        product = gradient if role == "bias" else in_score_precision(gradient) * self.cached_normalized()
+        product = (
+            gradient if role == "bias" else in_score_precision(gradient) * self.cached_normalized()
+        )
         return self.reduce(self.by_sample(product)[rows], self.arguments[role])
 
     def cached_normalized(self) -> Tensor:
@@ -34,7 +38,10 @@ class ScaleShift(Rule):
         return self._normalized
 
     def reduce(self, product: Tensor, parameter: Tensor) -> Tensor:
-        """Sum (m, T, C, ...) to (m, *parameter.shape); here the parameter lies along the channels."""
+        """Sum (m, T, C, ...) to (m, *parameter.shape).
+
+        Here the parameter lies along the channels.
+        """
         return product.sum([1, *range(3, product.ndim)])
 
 
@@ -42,7 +49,7 @@ class ScaleShift(Rule):
 class LayerNorm(ScaleShift):
     """``layer_norm(input, normalized_shape, weight, bias, eps)``."""
 
-    signature = ("input", "normalized_shape", "weight", "bias", "eps")
+    signature: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "bias", "eps")
 
     def normalized(self) -> Tensor:  # noqa: D102
         a = self.arguments
@@ -56,7 +63,7 @@ class LayerNorm(ScaleShift):
 class RMSNorm(LayerNorm):
     """``rms_norm(input, normalized_shape, weight, eps)``."""
 
-    signature = ("input", "normalized_shape", "weight", "eps")
+    signature: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "eps")
 
     def normalized(self) -> Tensor:  # noqa: D102
         a = self.arguments
@@ -76,9 +83,18 @@ class GroupNorm(ScaleShift):
 
 @rule_for(F.instance_norm)
 class InstanceNorm(ScaleShift):
-    """``instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)``."""
+    """``instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, ...)``."""
 
-    signature = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    signature = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "use_input_stats",
+        "momentum",
+        "eps",
+    )
 
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:
@@ -89,15 +105,30 @@ class InstanceNorm(ScaleShift):
         a = self.arguments
         statistics = (a.get("running_mean"), a.get("running_var"))
         return F.instance_norm(
-            a["input"], *statistics, use_input_stats=a.get("use_input_stats", True), eps=a.get("eps", 1e-5)
+            a["input"],
+            *statistics,
+            use_input_stats=a.get("use_input_stats", True),
+            eps=a.get("eps", 1e-5),
         )
 
 
 @rule_for(F.batch_norm)
 class BatchNorm(ScaleShift):
-    """``batch_norm(input, running_mean, running_var, weight, bias, training=False, ...)``, with fixed statistics."""
+    """``batch_norm(input, running_mean, running_var, weight, bias, training=False, ...)``.
 
-    signature = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    The statistics are fixed.
+    """
+
+    signature = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
 
     def normalized(self) -> Tensor:  # noqa: D102
         a = self.arguments
@@ -108,8 +139,8 @@ class Elementwise(Rule):
     """A bare parameter, broadcast: d output / d parameter is a factor of the output's shape."""
 
     signature = ("first", "second")
-    roles = ("first", "second")
-    inputs = ("first", "second")
+    roles: ClassVar[tuple[str, ...]] = ("first", "second")
+    inputs: ClassVar[tuple[str, ...]] = ("first", "second")
 
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:
@@ -123,7 +154,8 @@ class Elementwise(Rule):
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
         product = self.by_sample(in_score_precision(gradient) * self.factor(role))[rows]
         shape, output = self.arguments[role].shape, self.layout.split(gradient, self.samples).shape
-        # product is (m, T, *rest); align the parameter with the output from the right, and leave the sample axis out.
+        # product is (m, T, *rest); align the parameter with the output from the right, and leave
+        # the sample axis out.
         aligned = [1] * (len(output) - len(shape)) + list(shape)
         rest = list(output)
         del aligned[self.layout.axis], rest[self.layout.axis]
