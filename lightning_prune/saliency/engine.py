@@ -33,7 +33,7 @@ from lightning_prune.saliency.capture import (
     first_non_finite_layer,
     prepared,
 )
-from lightning_prune.saliency.grouping import Group, group_rows, whole_batch
+from lightning_prune.saliency.grouping import group_rows, whole_batch
 from lightning_prune.saliency.plan import Plan, Signature, isolated, make_plan, signature
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rows import Rows
@@ -148,16 +148,11 @@ class Engine:
             return BatchReport(0, 0.0, 0.0)
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
-            if not self._plans:
-                self._make_plan(batch)
-            if self._selects():
-                with torch.no_grad():
-                    logits = self._run(batch) if logits is None else logits.detach().clone()
-                rows = self._rows(logits, batch)
-                for group in group_rows(rows, self.workspace):
-                    self._add_group(take_samples(batch, group.samples), group, totals)
-                return BatchReport(batch_size(batch), rows.total, rows.dropped)
-            return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
+            self._prepare_plan(batch)
+            if not self._selects():
+                return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
+            rows = self._add_chosen_rows(batch, totals, None if logits is None else logits.clone())
+            return BatchReport(batch_size(batch), rows.total, rows.dropped)
 
     def add_estimate(
         self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]
@@ -175,8 +170,7 @@ class Engine:
         draws = self.signs.draws
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
-            if not self._plans:
-                self._make_plan(batch)
+            self._prepare_plan(batch)
             means = {name: torch.zeros_like(total) for name, total in totals.items()}
             spreads = {name: torch.zeros_like(total) for name, total in totals.items()}
             for count in range(1, draws + 1):
@@ -249,6 +243,17 @@ class Engine:
             rotate=rotate,
         )
 
+    def _prepare_plan(self, batch: Any) -> None:
+        """Make a plan on the first batch; look for missing proof on the next ones."""
+        if not self._plans:
+            self._make_plan(batch)
+            return
+        for plan in [plan for plan in self._plans.values() if plan.unproved and plan.tries]:
+            plan.tries -= 1
+            key, other = make_plan(self._run, batch, self.parameters, self.workspace)
+            if self._plans.get(key) is plan:
+                plan.confirm(other)
+
     def _make_plan(self, batch: Any) -> None:
         key, plan = make_plan(self._run, batch, self.parameters, self.workspace)
         self._plans[key] = plan
@@ -292,11 +297,25 @@ class Engine:
         self._backward(batch, capture, logits, gradients, totals)
         return float(gradients.square().sum())
 
-    def _add_group(self, batch: Any, group: Group, totals: Mapping[str, Tensor]) -> None:
-        with Capture(self.parameters) as capture:
-            logits = self._run(batch)
-        capture.close()
-        self._backward(batch, capture, logits, group.gradients(logits), totals)
+    def _add_chosen_rows(
+        self, batch: Any, totals: Mapping[str, Tensor], given: Tensor | None
+    ) -> Rows:
+        if given is None:
+            with torch.no_grad():
+                logits = self._run(batch)
+        else:
+            logits = given.detach()
+        rows = self._rows(logits, batch)
+        for i, group in enumerate(group_rows(rows, self.workspace)):
+            part = take_samples(batch, group.samples)
+            with Capture(self.parameters) as capture:
+                found = self._run(part)
+            capture.close()
+            if i == 0 and given is not None and not _alike(found, logits[group.samples]):
+                # What was given is not this batch's output; nothing has been added by it yet.
+                return self._add_chosen_rows(batch, totals, None)
+            self._backward(part, capture, found, group.gradients(found), totals)
+        return rows
 
     def _backward(
         self,
@@ -323,6 +342,13 @@ class Engine:
             self.reached |= generic.add_squared_gradients(
                 self._run, batch, rows, logits, others, totals
             )
+
+
+def _alike(found: Tensor, given: Tensor) -> bool:
+    """Tell whether two computations of the same logits agree as far as their precision goes."""
+    loose = 1e-6 if given.dtype == torch.float64 else 1e-3
+    scale = float(found.detach().abs().amax()) + 1e-6
+    return found.shape == given.shape and bool((found - given).abs().amax() <= loose * scale)
 
 
 def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:

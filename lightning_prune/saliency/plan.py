@@ -24,6 +24,9 @@ from lightning_prune.saliency.uses import Uses
 
 PROBE_SAMPLES = 2
 
+TRIES = 4
+"""On how many more batches a closed form is tried whose gradients were all zero so far."""
+
 Signature: TypeAlias = tuple[Any, ...]
 """What identifies the sequence of captured calls."""
 
@@ -42,6 +45,7 @@ class Plan:
         generic: Names that take the generic route.
         copying: Whether the model may be handed copies of the first call's output
             (:class:`Capture`).
+        tries: How many more batches to look for proof of the unproved ones on.
         unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
         work: Multiply-accumulates a sample and row, beyond the first layer: what one more row
             costs.
@@ -57,6 +61,7 @@ class Plan:
     unproved: set[str] = field(default_factory=set)
     work: int = 0
     copying: bool = False
+    tries: int = 0
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
         """Tell whether every call holds as many positions a sample as when the plan was made.
@@ -94,6 +99,12 @@ class Plan:
         return calls[0].shape[0] == PROBE_SAMPLES and not any(
             first & set(call.names.values()) for call in calls[1:]
         )
+
+    def confirm(self, other: Plan) -> None:
+        """Take over what another pair of samples has shown about parameters not yet proved."""
+        self.closed -= other.generic
+        self.generic |= other.generic
+        self.unproved &= other.unproved
 
     @classmethod
     def all_generic(cls, calls: Sequence[Call], parameters: Iterable[str], logits: Tensor) -> Plan:
@@ -136,6 +147,7 @@ def make_plan(
     plan = Plan(layouts, closed, reached - closed, logits.shape[1:])
     plan.shapes = [call.shape for call in capture.calls]
     plan.unproved = unproved
+    plan.tries = TRIES
     plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
     plan.copying = plan.may_copy(capture.calls) and _copying_agrees(
         run, pair, parameters, plan, logits, exact, workspace
@@ -161,6 +173,9 @@ def _copying_agrees(
             copied = run(pair, 2)
     except (RuntimeError, ValueError, IndexError, BatchFormatError):
         return False  # The model uses its batch size, or its input, beyond the first layer.
+    capture.close()
+    if len(capture.calls) != len(plan.layouts) or capture.opaque:
+        return False
     if copied.shape != (2 * len(logits), *logits.shape[1:]) or not torch.allclose(
         copied, logits.repeat(2, 1), rtol=1e-3
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -140,6 +142,34 @@ def test_known_logits_change_nothing() -> None:
     with_logits.update(x, logits)
     without.update(x)
     assert reference.largest_error(with_logits.compute(), without.compute()) < 1e-10
+
+
+@pytest.mark.parametrize("wrong", [lambda z: z + 1.0, lambda z: z[:, :2], lambda z: z.flip(0)])
+def test_logits_that_are_not_this_batchs_are_not_believed(
+    wrong: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model, x = make("transformer")
+    accumulator = SaliencyAccumulator(model, tolerance=1e-2)
+    with torch.no_grad():
+        accumulator.update(x, wrong(model(x)))
+    expected = squared_gradients(model, [x], tolerance=1e-2)
+    assert reference.largest_error(accumulator.compute(), expected) < 1e-10
+
+
+def test_a_layer_without_gradient_on_the_first_batch_is_proved_later() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(0.1)
+        model[0].weight.fill_(1.0)
+    batches = [-torch.ones(3, 4).double(), torch.rand(5, 4).double()]
+    accumulator = SaliencyAccumulator(model)
+    accumulator.update(batches[0])
+    (plan,) = accumulator._engine._plans.values()
+    assert plan.unproved == {"0.weight", "0.bias", "2.weight"}
+    accumulator.update(batches[1])
+    assert not plan.unproved
+    expected = reference.squared_gradients(model, torch.cat(batches))
+    assert reference.largest_error(accumulator.compute(), expected) < 1e-9
 
 
 @pytest.mark.parametrize("workspace", [1, 10_000, 2**28])
