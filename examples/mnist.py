@@ -218,8 +218,8 @@ def table(rows: Sequence[Row]) -> str:
 CRITERION_HELP = "what ranks the weights: w^2 R, the published score R, |w|, or chance"
 THRESHOLD_HELP = (
     "keep the weights whose score is above T, at each of the five events, instead of the steps to "
-    "50, 80, 90, 95 and 98 %%; the published form is --criterion saliency --threshold T. Scores are "
-    "sums over the scored digits; 0.1 removes about four fifths here"
+    "50, 80, 90, 95 and 98 %%; the published form is --criterion saliency --threshold T. Scores "
+    "are sums over the scored digits; 0.1 removes about four fifths here"
 )
 EPOCHS_HELP = "epochs of the dense training, and of the fine-tuning after each pruning step"
 OUT_HELP = (

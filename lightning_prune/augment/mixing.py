@@ -28,7 +28,7 @@ class Distillation:
             for more (Hinton et al. 2015). Without effect on a ``gaussian`` likelihood.
     """
 
-    weight: float = 0.5
+    weight: float = 0.3
     temperature: float = 2.0
 
     def __post_init__(self) -> None:

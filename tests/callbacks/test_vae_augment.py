@@ -720,6 +720,7 @@ def test_no_data_of_the_users_is_held_after_the_fit():
 # Configuration
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
 def test_a_lightning_cli_reads_every_argument(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = {
@@ -746,6 +747,7 @@ def test_a_lightning_cli_reads_every_argument(monkeypatch):
         args={"trainer": {"callbacks": [callback], "logger": False, "accelerator": "cpu"}},
         run=False,
         save_config_callback=None,
+        seed_everything_default=False,
     )
     (made,) = [c for c in cli.trainer.callbacks if isinstance(c, VAEAugmentCallback)]
     assert made.inject == ("train",)

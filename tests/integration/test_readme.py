@@ -7,12 +7,12 @@ import io
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning as L
 from lightning_prune import SaliencyPruningCallback, sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +41,11 @@ class Classifier(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
-def test_the_ten_lines_run_as_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ten_lines_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 12
     pixels, labels = load_digits(return_X_y=True)
-    data = TensorDataset(
-        torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(labels)
-    )
+    data = TensorDataset(torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(labels))
     names = {
         "model": Classifier(),
         "train_loader": DataLoader(torch.utils.data.Subset(data, range(1200)), 32, shuffle=True),
