@@ -116,10 +116,10 @@ def test_every_file_is_named_for_its_one_job(file: str) -> None:
 
 def test_the_picture_of_the_house_shows_every_file() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    named = set(re.findall(r"`([a-z0-9_/]+\.py)`", page))
+    named = set(re.findall(r"`([a-z0-9_/]+\.py)`", page)) - {"tests/test_architecture.py"}
     files = {file.removeprefix("lightning_prune/") for file in SOURCES}
-    assert files - named == {file for file in files if file.endswith("__init__.py")}
-    assert named <= files
+    assert {file for file in files if not file.endswith("__init__.py")} - named == set()
+    assert named - files == set()
 
 
 def test_installing_the_package_changes_no_trainer() -> None:

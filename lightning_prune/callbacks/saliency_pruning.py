@@ -178,7 +178,6 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pass = None
         if (
             is_fitting(trainer)
             and self._criterion.needs_scores

@@ -37,8 +37,7 @@ class Call:
         edge: Where autograd delivers the gradient at the output, unaffected by later changes in
             place.
         shape: The output's shape.
-        copies: How many copies of the output, one after another along axis 0, the gradient arrives
-            for.
+        index: For a call that was resumed: which sample each row of the gradient belongs to.
     """
 
     rule: type[Rule]
@@ -46,12 +45,36 @@ class Call:
     names: Mapping[str, str]
     edge: GradientEdge
     shape: torch.Size
-    copies: int = 1
+    index: Tensor | None = None
+
+    def samples(self, total: int) -> int:
+        """Return how many samples the call's arguments hold, if the model has run on ``total``."""
+        return total if self.index is None else self.shape[0]
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """What has to be alike for a layout found on one batch to hold on another."""
         return (self.rule, tuple(self.names.items()), len(self.shape))
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to take up a forward pass: behind its first captured call.
+
+    What follows a costly first layer then runs once for all rows, instead of one backward pass of
+    the whole batch a row.
+
+    Attributes:
+        output: (N, D) the first call's output, known from an earlier pass.
+        index: (S,) the samples to go on with, repeats allowed.
+    """
+
+    output: Tensor
+    index: Tensor
+
+    def rows(self) -> Tensor:
+        """Return (S, D) rows that carry gradients."""
+        return self.output.detach().requires_grad_().index_select(0, self.index)
 
 
 def backpropagate(
@@ -72,20 +95,20 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: Full name -> parameter, all of them requiring gradients.
-        copies: Hand the model this many copies of the first captured call's output, as if the batch
-            held so many times its samples. What follows a costly first layer then runs once for all
-            rows, instead of a backward pass a row.
+        resume: Do not run the first captured call, but hand the model rows of its known output.
 
     Attributes:
         calls: The captured calls, in order.
         opaque: Names of parameters that have (also) been used where no rule applies.
         indexed: Whether activations were picked by an index tensor or a mask.
+        first_output: The first captured call's output, without its history.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], copies: int = 1) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], resume: Resume | None = None) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._copies = copies
+        self._resume = resume
+        self.first_output: Tensor | None = None
         self._versions: list[tuple[Tensor, int, tuple[str, ...]]] = []
         self.calls: list[Call] = []
         self.opaque: set[str] = set()
@@ -106,8 +129,11 @@ class Capture(TorchFunctionMode):
             _refuse_batch_statistics(args, kwargs)
         if func in _INDEXING and _carries_gradient(args) and _has_tensor(args[1:]):
             self.indexed = True
-        output = func(*args, **kwargs)
         used = self._parameters_in((*args, *kwargs.values()))
+        if used and self._resume is not None and not self.calls and lookup(func) is not None:
+            output = self._resume.rows()
+        else:
+            output = func(*args, **kwargs)
         if used and _carries_gradient(output):
             return self._record(func, args, kwargs, output, used)
         return output
@@ -153,13 +179,13 @@ class Capture(TorchFunctionMode):
         for role in rule.inputs:
             if isinstance(value := arguments[role], Tensor):
                 self._versions.append((value, value._version, tuple(used)))
-        copies = 1 if self.calls else self._copies
-        shape = output.shape
-        if copies > 1:
-            output = output.repeat(copies, *[1] * (output.ndim - 1))
-        self.calls.append(
-            Call(rule, _detached(arguments), names, get_gradient_edge(output), shape, copies)
-        )
+        index, shape = None, output.shape
+        if not self.calls:
+            self.first_output = output.detach()
+            if self._resume is not None:
+                index, shape = self._resume.index, self._resume.output.shape
+        arguments = _detached(arguments)
+        self.calls.append(Call(rule, arguments, names, get_gradient_edge(output), shape, index))
         return output
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from lightning_prune.saliency.batches import (
 )
 from lightning_prune.saliency.capture import (
     Capture,
+    Resume,
     backpropagate,
     first_non_finite_layer,
     prepared,
@@ -150,7 +151,7 @@ class Engine:
             batch = outside_inference_mode(batch)
             self._prepare_plan(batch)
             if not self._selects():
-                return BatchReport(batch_size(batch), self._add_all_rows(batch, totals), 0.0)
+                return BatchReport(batch_size(batch), *self._add_all_rows(batch, totals))
             rows = self._add_chosen_rows(batch, totals, None if logits is None else logits.clone())
             return BatchReport(batch_size(batch), rows.total, rows.dropped)
 
@@ -202,9 +203,9 @@ class Engine:
                 "`parameters=[...]`, or return the output that uses them from `forward`."
             )
 
-    def _run(self, batch: Any, copies: int = 1) -> Tensor:
+    def _run(self, batch: Any, samples: int | None = None) -> Tensor:
         logits = unwrap_logits(self.forward(self.model, batch))
-        expected = batch_size(batch) * copies
+        expected = batch_size(batch) if samples is None else samples
         if logits.ndim == 0 or logits.shape[0] != expected:
             raise SaliencyError(
                 f"Expected logits with one row a sample, (N, ...) with N = {expected}, "
@@ -233,7 +234,7 @@ class Engine:
 
     def _rows(self, logits: Tensor, batch: Any, rotate: bool = True) -> Rows:
         round_off = ROUND_OFF * torch.finfo(in_score_precision(logits).dtype).eps
-        tolerance = max(self.tolerance, round_off) if rotate else 0.0
+        tolerance = max(self.tolerance, round_off)
         return output_rows(
             logits,
             target=self.target,
@@ -277,25 +278,43 @@ class Engine:
             (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
         )
 
-    def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> float:
-        every_class = self.likelihood == "categorical" and self.target in ("probability", "fisher")
-        plan = next(reversed(self._plans.values()))
-        copies = plan.output[0] if every_class and plan.copying else 1
-        with Capture(self.parameters, copies) as capture:
-            logits = self._run(batch, copies)
+    def _add_all_rows(self, batch: Any, totals: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Add the batch where rows cost next to nothing; return its energy and what was dropped."""
+        with Capture(self.parameters) as capture:
+            logits = self._run(batch)
         capture.close()
-        if copies > 1 and self._plan_for(capture, logits) is None:
-            # This batch takes another way through the model than the one the plan was made on.
-            plan.copying = False
-            return self._add_all_rows(batch, totals)
-        if every_class and logits.ndim == 2:
-            gradients = class_rows(logits[: len(logits) // copies], self.target)
-            if copies > 1:
-                gradients = gradients.reshape(1, len(logits), -1)
+        plan = self._plan_for(capture, logits)
+        if plan is not None and plan.resumable and capture.first_output is not None:
+            rows = self._rows(logits, batch, rotate=False)
+            if self._resume(batch, capture.first_output, rows, plan, totals):
+                return rows.total, rows.dropped
+        if (
+            logits.ndim == 2
+            and self.likelihood == "categorical"
+            and self.target in ("probability", "fisher")
+        ):
+            gradients = class_rows(logits, self.target)
         else:
             gradients = whole_batch(self._rows(logits, batch, rotate=False)).gradients(logits)
         self._backward(batch, capture, logits, gradients, totals)
-        return float(gradients.square().sum())
+        return float(gradients.square().sum()), 0.0
+
+    def _resume(
+        self, batch: Any, output: Tensor, rows: Rows, plan: Plan, totals: Mapping[str, Tensor]
+    ) -> bool:
+        """Run what follows the first call on one sample a row; say whether that was possible."""
+        row = sum(shape[1:].numel() for shape in plan.shapes) * 8 * output.element_size()
+        everything = torch.arange(len(rows.prediction), device=output.device)
+        for part in torch.split(everything, max(1, self.workspace // (2 * row))):
+            with Capture(self.parameters, Resume(output, rows.sample[part])) as capture:
+                logits = self._run(batch, len(part))
+            capture.close()
+            if self._plan_for(capture, logits) is not plan:
+                plan.resumable = False  # the same way was taken on all samples tried so far
+                return False
+            gradients = rows.vectors(part).to(logits.dtype)
+            self._backward(batch, capture, logits, gradients[None], totals)
+        return True
 
     def _add_chosen_rows(
         self, batch: Any, totals: Mapping[str, Tensor], given: Tensor | None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.saliency.batches import batch_size, take_samples
-from lightning_prune.saliency.capture import Call, Capture, backpropagate
+from lightning_prune.saliency.capture import Call, Capture, Resume, backpropagate
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
 from lightning_prune.saliency.target import check_finite
 from lightning_prune.saliency.uses import Uses
@@ -43,8 +43,7 @@ class Plan:
             generic route.
         closed: Names whose every use is covered.
         generic: Names that take the generic route.
-        copying: Whether the model may be handed copies of the first call's output
-            (:class:`Capture`).
+        resumable: Whether a forward pass may be taken up behind the first call (:class:`Resume`).
         tries: How many more batches to look for proof of the unproved ones on.
         unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
         work: Multiply-accumulates a sample and row, beyond the first layer: what one more row
@@ -60,7 +59,7 @@ class Plan:
     shapes: list[torch.Size] = field(default_factory=list)
     unproved: set[str] = field(default_factory=set)
     work: int = 0
-    copying: bool = False
+    resumable: bool = False
     tries: int = 0
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
@@ -71,7 +70,7 @@ class Plan:
         total = samples
         # A plan that trusts no closed form has no shapes.
         for call, layout, probe in zip(calls, self.layouts, self.shapes, strict=False):
-            samples = total // call.copies
+            samples = call.samples(total)
             if layout is not None:
                 axis = 1 if layout is Layout.SECOND else 0
                 if call.shape[axis] % samples or (axis and call.shape[axis] != samples):
@@ -83,11 +82,8 @@ class Plan:
                     return False
         return True
 
-    def may_copy(self, calls: Sequence[Call]) -> bool:
-        """Tell whether copies of the first call's output could save backward passes.
-
-        They could with one prediction a sample and one use of the call's parameters.
-        """
+    def may_resume(self, calls: Sequence[Call]) -> bool:
+        """Tell whether it is worth trying: one prediction a sample, a resumable first call."""
         if (
             self.generic
             or len(self.output) != 1
@@ -96,9 +92,9 @@ class Plan:
         ):
             return False
         first = set(calls[0].names.values())
-        return calls[0].shape[0] == PROBE_SAMPLES and not any(
-            first & set(call.names.values()) for call in calls[1:]
-        )
+        alone = not any(first & set(call.names.values()) for call in calls[1:])
+        plain = self.layouts[0] is Layout.FIRST and len(calls[0].shape) == 2
+        return alone and plain and calls[0].rule.resumable
 
     def confirm(self, other: Plan) -> None:
         """Take over what another pair of samples has shown about parameters not yet proved."""
@@ -149,43 +145,45 @@ def make_plan(
     plan.unproved = unproved
     plan.tries = TRIES
     plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
-    plan.copying = plan.may_copy(capture.calls) and _copying_agrees(
-        run, pair, parameters, plan, logits, exact, workspace
+    plan.resumable = plan.may_resume(capture.calls) and _resuming_agrees(
+        run, pair, parameters, plan, logits, capture.first_output, exact, workspace
     )
     return signature(capture.calls, capture.opaque), plan
 
 
-def _copying_agrees(
+def _resuming_agrees(
     run: Callable[..., Tensor],
     pair: Any,
     parameters: Mapping[str, Tensor],
     plan: Plan,
     logits: Tensor,
+    first_output: Tensor | None,
     exact: Mapping[str, Tensor],
     workspace: int,
 ) -> bool:
-    """Tell whether the model gives the same logits and scores on copies.
+    """Tell whether the model gives the same logits and scores when resumed behind its first call.
 
-    The copies are of the first call's output.
+    It does not where it uses its input, or the size of its batch, later on.
     """
+    if first_output is None:
+        return False
+    index = torch.tensor([0, 1, 1, 0], device=logits.device)
     try:
-        with Capture(parameters, copies=2) as capture:
-            copied = run(pair, 2)
+        with Capture(parameters, Resume(first_output, index)) as capture:
+            again = run(pair, len(index))
     except (RuntimeError, ValueError, IndexError, BatchFormatError):
-        return False  # The model uses its batch size, or its input, beyond the first layer.
+        return False
     capture.close()
     if len(capture.calls) != len(plan.layouts) or capture.opaque:
         return False
-    if copied.shape != (2 * len(logits), *logits.shape[1:]) or not torch.allclose(
-        copied, logits.repeat(2, 1), rtol=1e-3
-    ):
+    if not torch.allclose(again, logits[index], rtol=1e-3, atol=1e-5):
         return False
-    uses = Uses(capture.calls, plan.layouts, plan.closed, len(copied), workspace)
+    uses = Uses(capture.calls, plan.layouts, plan.closed, len(again), workspace)
     found = {name: torch.zeros_like(exact[name]) for name in uses.names}
-    direction = _direction(logits)
-    uses.add(backpropagate(copied, uses.edges, torch.cat([direction, 3 * direction])), found)
+    # Two rows a sample, one three times the other: 1 + 9 times the score of one.
+    direction = _direction(logits)[index] * logits.new_tensor([1, 1, 3, 3])[:, None]
+    uses.add(backpropagate(again, uses.edges, direction), found)
     uses.finish(found)
-    # Two rows, one three times the other: 1 + 9 times the score of one.
     return all(
         _agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items()
     )

@@ -24,7 +24,7 @@ class Uses:
         calls: All captured calls.
         layouts: For each call, where it keeps the samples, or None if that is unknown.
         names: The parameters wanted; those with a call of unknown layout are left out.
-        samples: N, times the copies of the capture.
+        samples: How many samples the model has run on.
         workspace: Bytes of work space for each rule.
 
     Attributes:
@@ -42,7 +42,7 @@ class Uses:
     ) -> None:
         unknown = {
             name
-            for call, layout in zip(calls, layouts, strict=False)  # copies may take another way
+            for call, layout in zip(calls, layouts, strict=True)
             if layout is None
             for name in call.names.values()
         }
@@ -55,11 +55,11 @@ class Uses:
         self.indices = sorted({i for uses in parts.values() for i, _ in uses})
         self._edges = [calls[i].edge for i in self.indices]
         self._rules = {
-            i: calls[i].rule(calls[i].arguments, samples // calls[i].copies, layout, workspace)
+            i: calls[i].rule(calls[i].arguments, calls[i].samples(samples), layout, workspace)
             for i in self.indices
             if (layout := layouts[i]) is not None
         }
-        self._copies = {i: calls[i].copies for i in self.indices}
+        self._index = {i: calls[i].index for i in self.indices}
         self._several = {name: uses for name, uses in parts.items() if len(uses) > 1}
         self._single: dict[int, dict[str, str]] = {}
         for name, uses in parts.items():
@@ -77,8 +77,10 @@ class Uses:
         for i, roles in self._single.items():
             if (gradient := found[i]) is not None:
                 sums = {role: totals[name] for role, name in roles.items()}
-                for part in gradient.chunk(self._copies[i]):
-                    self._rules[i].add(part, sums)
+                if (index := self._index[i]) is None:
+                    self._rules[i].add(gradient, sums)
+                else:
+                    self._rules[i].add_rows(gradient, index)
         for name, uses in self._several.items():
             self._add_several(
                 [(i, role, g) for i, role in uses if (g := found[i]) is not None], totals[name]

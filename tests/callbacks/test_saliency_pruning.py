@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -126,6 +128,21 @@ def test_taylor_is_w_squared_r() -> None:
         torch.testing.assert_close(by["taylor"].scores[name], expected)
 
 
+def test_removed_weights_stay_removed_though_their_score_may_rise() -> None:
+    # R of a removed weight is no zero, unlike w^2 R.
+    pruner = SaliencyPruningCallback({0: 0.5, 1: 0.6, 2: 0.9}, criterion="saliency")
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(pruner.masks)
+
+    fit(pruner, Look(), max_epochs=4)
+    assert any((s[~pruner.masks[name]] > 0).any() for name, s in pruner.scores.items())
+    for earlier, later in pairwise(masks for masks in seen if masks):
+        assert not any((later[name] & ~earlier[name]).any() for name in later)
+
+
 def test_an_own_criterion_decides() -> None:
     def last_columns(scores, parameters):
         assert all(scores[name].shape == p.shape for name, p in parameters.items())
@@ -215,6 +232,16 @@ def test_a_fit_stopped_early_ends_pruned_too() -> None:
     stop = EarlyStopping("accuracy", mode="max", stopping_threshold=0.0)
     model = fit(pruner, stop, max_epochs=9)
     assert sparsity(model) == round(0.5 * TOTAL) / TOTAL
+
+
+def test_a_validation_before_stopping_is_the_last_one() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    pruner = SaliencyPruningCallback({0: 0.5})
+    fit(pruner, Stop(), max_epochs=9, val_check_interval=0.4)
+    assert pruner.history[0]["samples"] == 128
 
 
 def test_a_callable_and_a_schedule_class() -> None:

@@ -24,6 +24,7 @@ from tests.callbacks.pruning_cases import (
     trainer,
 )
 
+HISTOGRAM = f"prune/score_log10/{WEIGHTS[1]}"
 HALF, MOST = round(0.5 * TOTAL) / TOTAL, round(0.8 * TOTAL) / TOTAL
 
 
@@ -70,6 +71,14 @@ def test_histograms_of_the_logarithm_of_the_scores(run) -> None:
         assert last.histogram_value.num <= first.histogram_value.num
         finite = pruner.scores[name][pruner.scores[name] > 0].log10()
         assert last.histogram_value.max == pytest.approx(finite.max().item())
+
+
+def test_histograms_leave_out_what_was_removed_before(tmp_path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    pruner = SaliencyPruningCallback({0: 0.5, 1: 0.8}, criterion="saliency", parameters=WEIGHTS[1:])
+    fit(pruner, logger=logger)
+    counts = [h.histogram_value.num for h in events(tmp_path).Histograms(HISTOGRAM)]
+    assert counts == [240, 120]
 
 
 def test_other_scalars(run) -> None:

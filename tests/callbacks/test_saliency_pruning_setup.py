@@ -206,17 +206,17 @@ def test_looking_at_a_batch_leaves_model_and_loader_alone() -> None:
 
 
 def test_nan_before_the_first_event_is_the_events_affair() -> None:
-    class Late(Digits):
-        """Nothing comes of its first validation, the sanity check."""
+    class Broken(L.Callback):
+        """Nothing comes of the first validation, the sanity check."""
 
-        def on_sanity_check_start(self):
-            self.net[3].bias.data[0] = torch.nan
+        def on_sanity_check_start(self, trainer, pl_module):
+            pl_module.net[3].bias.data[0] = torch.nan
 
-        def on_train_start(self):
-            self.net[3].bias.data[0] = 0.0
+        def on_sanity_check_end(self, trainer, pl_module):
+            pl_module.net[3].bias.data[0] = 0.0
 
     pruner = SaliencyPruningCallback({0: 0.5})
-    fit(pruner, model=Late(), max_epochs=1)
+    fit(pruner, Broken(), max_epochs=1)
     assert len(pruner.history) == 1
 
 

@@ -54,10 +54,10 @@ class Run:
         return sum(int(w.count_nonzero()) for w in self.weights.values() if w.ndim > 1)
 
 
-def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def start(script: Path, *options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(EXAMPLE), "--out", str(out), *options],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+        [sys.executable, str(script), *options],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def load_example() -> ModuleType:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The main job with its real network, data and steps, two epochs a stage."""
     out = tmp_path_factory.mktemp("main") / "run"
-    done = start(out, "--epochs", "2", "--seed", "1")
+    done = start(EXAMPLE, "--out", str(out), "--epochs", "2", "--seed", "1")
     assert done.returncode == 0, done.stderr
     return Run(out, done.stdout, done.stderr)
 
@@ -88,7 +88,7 @@ def threshold_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The published form: keep the weights with R > T, here without a VAE."""
     out = tmp_path_factory.mktemp("threshold") / "run"
     options = ("--criterion", "saliency", "--threshold", "0.1", "--no-vae", "--epochs", "1")
-    done = start(out, *options)
+    done = start(EXAMPLE, "--out", str(out), *options)
     assert done.returncode == 0, done.stderr
     return Run(out, done.stdout, done.stderr)
 
@@ -191,6 +191,16 @@ def test_the_threshold_form(threshold_run: Run) -> None:
     assert threshold_run.settings["threshold"] == 0.1
     assert threshold_run.events.Tags()["images"] == []
     assert not any(tag.startswith("vae/") for tag in threshold_run.events.Tags()["scalars"])
+
+
+def test_the_callbacks_come_from_a_file(tmp_path: Path) -> None:
+    file = ROOT / "examples" / "pruning.yaml"
+    limits = {"max_epochs": 6, "limit_train_batches": 3, "limit_val_batches": 2, "logger": "false"}
+    options = [f"--trainer.{name}={value}" for name, value in limits.items()]
+    command = ("fit", "--config", str(file), "--trainer.enable_checkpointing=false", *options)
+    done = start(ROOT / "examples" / "cli.py", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch 5: pruned to 50.0 %" in done.stdout + done.stderr
 
 
 def test_the_split_is_seeded_stratified_and_disjoint() -> None:

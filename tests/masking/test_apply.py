@@ -73,6 +73,24 @@ def test_weights_and_optimizer_state_stay_zero(kind, digits) -> None:
     keeper.release()
 
 
+def test_an_optimizer_that_moves_weights_without_gradient_is_followed_too(digits) -> None:
+    class Langevin(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+    model = make_model()
+    optimizer = Langevin(model.parameters(), lr=0.1)
+    masks = random_masks(model)
+    with MaskKeeper(masks).attach(dict(model.named_parameters()), [optimizer]):
+        for _ in range(3):
+            train(model, optimizer, digits, steps=1)
+            for name, mask in masks.items():
+                assert_masked(model.get_parameter(name), mask)
+
+
 def test_without_the_hooks_momentum_would_revive_them(digits) -> None:
     model = make_model()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

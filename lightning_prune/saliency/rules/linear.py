@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.saliency.registry import Layout, Rule, rule_for
+from lightning_prune.saliency.registry import Layout, Rule, in_score_precision, rule_for
 
 
 @rule_for(F.linear)
@@ -50,6 +50,14 @@ class Linear(Rule):
             self._squares = gradient.square()
         else:
             self._squares.addcmul_(gradient, gradient)
+
+    resumable = True
+
+    def add_rows(self, gradient: Tensor, index: Tensor) -> None:  # noqa: D102
+        squares = in_score_precision(gradient).square()
+        if self._squares is None:
+            self._squares = squares.new_zeros(self.samples, squares.shape[1])
+        self._squares.index_add_(0, index, squares)
 
     def finish(self, totals: Mapping[str, Tensor]) -> None:  # noqa: D102
         if self._squares is None:
