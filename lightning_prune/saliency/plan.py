@@ -92,9 +92,10 @@ class Plan:
         ):
             return False
         first = set(calls[0].names.values())
-        alone = not any(first & set(call.names.values()) for call in calls[1:])
+        if any(first & set(call.names.values()) for call in calls[1:]):
+            return False
         plain = self.layouts[0] is Layout.FIRST and len(calls[0].shape) == 2
-        return alone and plain and calls[0].rule.resumable
+        return plain and calls[0].rule.resumable
 
     def confirm(self, other: Plan) -> None:
         """Take over what another pair of samples has shown about parameters not yet proved."""
