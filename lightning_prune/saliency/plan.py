@@ -94,8 +94,7 @@ class Plan:
         first = set(calls[0].names.values())
         if any(first & set(call.names.values()) for call in calls[1:]):
             return False
-        plain = self.layouts[0] is Layout.FIRST and len(calls[0].shape) == 2
-        return plain and calls[0].rule.resumable
+        return len(calls[0].shape) == 2 and calls[0].rule.resumable
 
     def confirm(self, other: Plan) -> None:
         """Take over what another pair of samples has shown about parameters not yet proved."""
