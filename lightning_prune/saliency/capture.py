@@ -9,14 +9,13 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -263,88 +262,3 @@ def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _ATTENTION = _without_dispatch(F.multi_head_attention_forward)
-
-
-@contextmanager
-def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put a model into the state in which it is scored, and back on exit, also after an exception.
-
-    Inside: eval mode, gradients on, inference mode and autocast off (scores are those of the
-    weights as they are stored), the given parameters require gradients, compiled modules run
-    eagerly, and random numbers drawn by the model (a stochastic forward) leave the caller's
-    generators untouched.
-
-    Raises:
-        SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the
-            message names it.
-    """
-    modules = dict(model.named_modules())
-    _check_batch_norm(modules)
-    training = [module for module in modules.values() if module.training]
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    device = next((p.device for p in parameters.values()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            _eager(),
-        ):
-            for module in training:
-                module.training = False
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
-
-
-@contextmanager
-def first_non_finite_layer(model: nn.Module) -> Iterator[list[str]]:
-    """Collect, in order of execution, the names of layers whose output is not finite."""
-    found: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-
-            def look(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                    found.append(name)
-
-            handles.append(module.register_forward_hook(look))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_batch_norm(modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if module.training or module.running_mean is None:
-            reason = "is in train mode" if module.training else "keeps no running statistics"
-            raise SaliencyError(
-                f"Expected batch norm to use its running statistics, but layer '{name}' {reason}: "
-                "it mixes the samples of a batch, so that P(y|x) of one sample is not defined. "
-                "Call model.eval() before scoring (Lightning's validation does), and give the "
-                "layer track_running_stats=True."
-            )
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    # A compiled module would be traced anew under the function mode.
-    # Older torch has no switch for it.
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:
-        yield
-        return
-    with set_stance("force_eager"):
-        yield

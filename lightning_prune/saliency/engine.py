@@ -27,15 +27,12 @@ from lightning_prune.saliency.batches import (
     take_samples,
     unwrap_logits,
 )
-from lightning_prune.saliency.capture import (
-    Capture,
-    Resume,
-    backpropagate,
-    first_non_finite_layer,
-    prepared,
-)
+from lightning_prune.saliency.capture import Capture, Resume, backpropagate
 from lightning_prune.saliency.grouping import group_rows, whole_batch
-from lightning_prune.saliency.plan import Plan, Signature, isolated, make_plan, signature
+from lightning_prune.saliency.parameters import named_tensors
+from lightning_prune.saliency.plan import Plan
+from lightning_prune.saliency.preparation import first_non_finite_layer, prepared
+from lightning_prune.saliency.proof import Plans
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rows import Rows
 from lightning_prune.saliency.rules import generic
@@ -123,14 +120,13 @@ class Engine:
         self.signs = signs
         self._generator = None if signs is None else signs.generator()
         self.parameters = named_tensors(model, parameters)
-        self.reached: set[str] = set()
-        self._plans: dict[Signature, Plan] = {}
+        self._plans = Plans(self._run, self.parameters, workspace)
 
     def check(self, batch: Any) -> None:
         """Raise what scoring this batch would raise, at the cost of two samples."""
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
-            self._make_plan(batch)
+            self._plans.make(batch)
             first = take_samples(batch, torch.tensor([0]))
             self._rows(self._run(first), first)
 
@@ -149,7 +145,7 @@ class Engine:
             return BatchReport(0, 0.0, 0.0)
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
-            self._prepare_plan(batch)
+            self._plans.prepare(batch)
             if not self._selects():
                 return BatchReport(batch_size(batch), *self._add_all_rows(batch, totals))
             rows = self._add_chosen_rows(batch, totals, None if logits is None else logits.clone())
@@ -171,7 +167,7 @@ class Engine:
         draws = self.signs.draws
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
-            self._prepare_plan(batch)
+            self._plans.prepare(batch)
             means = {name: torch.zeros_like(total) for name, total in totals.items()}
             spreads = {name: torch.zeros_like(total) for name, total in totals.items()}
             for count in range(1, draws + 1):
@@ -195,7 +191,7 @@ class Engine:
 
     def check_reached(self) -> None:
         """Raise SaliencyError if some parameter never had a gradient path to the output."""
-        missing = [name for name in self.parameters if name not in self.reached]
+        missing = [name for name in self.parameters if name not in self._plans.reached]
         if missing:
             raise SaliencyError(
                 f"Expected every parameter to have a gradient path to the output, but {missing} "
@@ -244,32 +240,12 @@ class Engine:
             rotate=rotate,
         )
 
-    def _prepare_plan(self, batch: Any) -> None:
-        """Make a plan on the first batch; look for missing proof on the next ones."""
-        if not self._plans:
-            self._make_plan(batch)
-            return
-        for plan in [plan for plan in self._plans.values() if plan.unproved and plan.tries]:
-            plan.tries -= 1
-            key, other = make_plan(self._run, batch, self.parameters, self.workspace)
-            if self._plans.get(key) is plan:
-                plan.confirm(other)
-
-    def _make_plan(self, batch: Any) -> None:
-        key, plan = make_plan(self._run, batch, self.parameters, self.workspace)
-        self._plans[key] = plan
-        self.reached |= plan.closed | plan.generic
-
-    def _plan_for(self, capture: Capture, logits: Tensor) -> Plan | None:
-        plan = self._plans.get(signature(capture.calls, capture.opaque))
-        return plan if plan is not None and plan.fits(capture.calls, len(logits)) else None
-
     def _selects(self) -> bool:
         """Tell whether rows are chosen from logits first, or all of them are backpropagated.
 
         Decided by cost.
         """
-        plan = next(reversed(self._plans.values()))
+        plan = self._plans.latest
         rows = plan.output.numel()
         if self.likelihood == "categorical":
             every_class = self.target in ("probability", "fisher")
@@ -283,7 +259,7 @@ class Engine:
         with Capture(self.parameters) as capture:
             logits = self._run(batch)
         capture.close()
-        plan = self._plan_for(capture, logits)
+        plan = self._plans.find(capture, logits)
         if plan is not None and plan.resumable and capture.first_output is not None:
             rows = self._rows(logits, batch, rotate=False)
             if self._resume(batch, capture.first_output, rows, plan, totals):
@@ -294,26 +270,29 @@ class Engine:
             and self.target in ("probability", "fisher")
         ):
             gradients = class_rows(logits, self.target)
+            energy, dropped = float(gradients.square().sum()), 0.0
         else:
-            gradients = whole_batch(self._rows(logits, batch, rotate=False)).gradients(logits)
+            rows = self._rows(logits, batch, rotate=False)
+            gradients = whole_batch(rows).gradients(logits)
+            energy, dropped = rows.total, rows.dropped
         self._backward(batch, capture, logits, gradients, totals)
-        return float(gradients.square().sum()), 0.0
+        return energy, dropped
 
     def _resume(
         self, batch: Any, output: Tensor, rows: Rows, plan: Plan, totals: Mapping[str, Tensor]
     ) -> bool:
         """Run what follows the first call on one sample a row; say whether that was possible."""
         row = sum(shape[1:].numel() for shape in plan.shapes) * 8 * output.element_size()
-        everything = torch.arange(len(rows.prediction), device=output.device)
-        for part in torch.split(everything, max(1, self.workspace // (2 * row))):
-            with Capture(self.parameters, Resume(output, rows.sample[part])) as capture:
-                logits = self._run(batch, len(part))
-            capture.close()
-            if self._plan_for(capture, logits) is not plan:
-                plan.resumable = False  # the same way was taken on all samples tried so far
-                return False
-            gradients = rows.vectors(part).to(logits.dtype)
-            self._backward(batch, capture, logits, gradients[None], totals)
+        if len(rows.prediction) * row > self.workspace:
+            return False
+        with Capture(self.parameters, Resume(output, rows.sample)) as capture:
+            logits = self._run(batch, len(rows.sample))
+        capture.close()
+        if self._plans.find(capture, logits) is not plan:
+            plan.resumable = False  # these samples take another way than those of the proof
+            return False
+        gradients = rows.vectors(torch.arange(len(logits), device=logits.device))
+        self._backward(batch, capture, logits, gradients[None].to(logits.dtype), totals)
         return True
 
     def _add_chosen_rows(
@@ -345,11 +324,7 @@ class Engine:
         totals: Mapping[str, Tensor],
     ) -> None:
         """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
-        if signature(capture.calls, capture.opaque) not in self._plans:
-            self._make_plan(batch)
-        plan = self._plan_for(capture, logits)
-        if plan is None or (capture.indexed and not isolated(logits, capture.calls, plan.layouts)):
-            plan = Plan.all_generic(capture.calls, self.parameters, logits)
+        plan = self._plans.settle(batch, capture, logits)
         uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
         for k in range(len(rows) if uses.indices else 0):
             more = k + 1 < len(rows)
@@ -358,7 +333,7 @@ class Engine:
         uses.finish(totals)
         if plan.generic:
             others = {name: self.parameters[name] for name in plan.generic}
-            self.reached |= generic.add_squared_gradients(
+            self._plans.reached |= generic.add_squared_gradients(
                 self._run, batch, rows, logits, others, totals
             )
 
@@ -368,36 +343,3 @@ def _alike(found: Tensor, given: Tensor) -> bool:
     loose = 1e-6 if given.dtype == torch.float64 else 1e-3
     scale = float(found.detach().abs().amax()) + 1e-6
     return found.shape == given.shape and bool((found - given).abs().amax() <= loose * scale)
-
-
-def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
-    """Return the parameters of these names in the model's order; None means all, tied ones once.
-
-    Raises:
-        ValueError: Naming what is unknown and what is there.
-    """
-    known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=names is None))
-    if names is None:
-        chosen = known
-    else:
-        names = [names] if isinstance(names, str) else list(names)
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(
-                "Expected argument `parameters` to name parameters of the model but got "
-                f"{unknown}. It has {list(known)}."
-            )
-        chosen = {name: known[name] for name in known if name in set(names)}
-    chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
-    if not chosen:
-        raise ValueError(
-            "Expected at least one floating point parameter to score, but the selection is empty."
-        )
-    return chosen
-
-
-def check_scores(scores: Mapping[str, Tensor]) -> None:
-    """Raise NonFiniteScoresError naming the parameters whose scores are NaN or infinite."""
-    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
-    if bad:
-        raise NonFiniteScoresError(f"Expected finite scores, but those of {bad} are not.")

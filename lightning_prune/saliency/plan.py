@@ -1,26 +1,16 @@
-"""Which parameters have closed forms in this model, proved on two of its samples.
-
-Enters: a model and a batch. Leaves: a :class:`Plan`. Two samples are run through the model once;
-plain autograd says what each parameter's squared gradients are, and only parameters for which the
-captured calls give the same number take the fast route. So a use of a parameter that went unseen, a
-sample axis that is not where it seemed, or samples that mix cannot end in a wrong score.
-"""
+"""What to do with the captured calls of a forward pass, and for which passes that holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_prune.exceptions import BatchFormatError
-from lightning_prune.saliency.batches import batch_size, take_samples
-from lightning_prune.saliency.capture import Call, Capture, Resume, backpropagate
-from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
-from lightning_prune.saliency.target import check_finite
-from lightning_prune.saliency.uses import Uses
+from lightning_prune.saliency.capture import Call
+from lightning_prune.saliency.registry import Layout
 
 PROBE_SAMPLES = 2
 
@@ -29,9 +19,6 @@ TRIES = 4
 
 Signature: TypeAlias = tuple[Any, ...]
 """What identifies the sequence of captured calls."""
-
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 2e-3}
-"""Largest difference, relative to the largest score, at which a closed form counts as proved."""
 
 
 @dataclass
@@ -111,170 +98,3 @@ class Plan:
 def signature(calls: Sequence[Call], opaque: set[str]) -> Signature:
     """Return what two batches have in common when one plan fits both."""
     return (*(call.signature for call in calls), frozenset(opaque))
-
-
-def make_plan(
-    run: Callable[..., Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
-) -> tuple[Signature, Plan]:
-    """Return the plan for batches like this one, and the signature it belongs to.
-
-    Tries the closed forms on the batch's first and last sample and compares them with autograd.
-    """
-    size = batch_size(batch)
-    pair = take_samples(batch, torch.tensor([0, size - 1]))
-    with Capture(parameters) as capture:
-        logits = run(pair)
-    capture.close()
-    if not logits.requires_grad:
-        return signature(capture.calls, capture.opaque), Plan.all_generic(capture.calls, (), logits)
-    check_finite(logits)
-    gradients, exact, reached = _probe(logits, capture.calls, parameters)
-    layouts = [_find_layout(g, call.rule) for g, call in zip(gradients, capture.calls, strict=True)]
-    uses = Uses(capture.calls, layouts, reached - capture.opaque, PROBE_SAMPLES, workspace)
-    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
-    uses.add([gradients[i][0] + gradients[i][1] for i in uses.indices], found)
-    uses.finish(found)
-    closed, unproved = set(), set()
-    for name, total in found.items():
-        if _agree(total, exact[name], parameters[name].dtype):
-            closed.add(name)
-            if not bool(exact[name].any()):
-                unproved.add(name)
-    plan = Plan(layouts, closed, reached - closed, logits.shape[1:])
-    plan.shapes = [call.shape for call in capture.calls]
-    plan.unproved = unproved
-    plan.tries = TRIES
-    plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
-    plan.resumable = plan.may_resume(capture.calls) and _resuming_agrees(
-        run, pair, parameters, plan, logits, capture.first_output, exact, workspace
-    )
-    return signature(capture.calls, capture.opaque), plan
-
-
-def _resuming_agrees(
-    run: Callable[..., Tensor],
-    pair: Any,
-    parameters: Mapping[str, Tensor],
-    plan: Plan,
-    logits: Tensor,
-    first_output: Tensor | None,
-    exact: Mapping[str, Tensor],
-    workspace: int,
-) -> bool:
-    """Tell whether the model gives the same logits and scores when resumed behind its first call.
-
-    It does not where it uses its input, or the size of its batch, later on.
-    """
-    if first_output is None:
-        return False
-    index = torch.tensor([0, 1, 1, 0], device=logits.device)
-    try:
-        with Capture(parameters, Resume(first_output, index)) as capture:
-            again = run(pair, len(index))
-    except (RuntimeError, ValueError, IndexError, BatchFormatError):
-        return False
-    capture.close()
-    if len(capture.calls) != len(plan.layouts) or capture.opaque:
-        return False
-    if not torch.allclose(again, logits[index], rtol=1e-3, atol=1e-5):
-        return False
-    uses = Uses(capture.calls, plan.layouts, plan.closed, len(again), workspace)
-    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
-    # Two rows a sample, one three times the other: 1 + 9 times the score of one.
-    direction = _direction(logits)[index] * logits.new_tensor([1, 1, 3, 3])[:, None]
-    uses.add(backpropagate(again, uses.edges, direction), found)
-    uses.finish(found)
-    return all(
-        _agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items()
-    )
-
-
-def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
-    return bool((found - exact).abs().max() <= _AGREEMENT.get(dtype, 0.1) * exact.max())
-
-
-def _direction(logits: Tensor) -> Tensor:
-    """Return a direction without structure, drawn without random numbers."""
-    return (
-        torch.arange(logits.numel(), device=logits.device)
-        .mul(1.7)
-        .cos()
-        .reshape(logits.shape)
-        .to(logits.dtype)
-    )
-
-
-def _probe(
-    logits: Tensor, calls: Sequence[Call], parameters: Mapping[str, Tensor]
-) -> tuple[list[list[Tensor]], dict[str, Tensor], set[str]]:
-    """Backpropagate one direction from each sample by itself.
-
-    Returns, for each call, its two output gradients; for each parameter, the exact sum of squares;
-    and the names reached.
-    """
-    direction = _direction(logits)
-    edges = [call.edge for call in calls]
-    gradients: list[list[Tensor]] = [[] for _ in calls]
-    exact = {
-        name: torch.zeros_like(in_score_precision(p), requires_grad=False)
-        for name, p in parameters.items()
-    }
-    reached = set()
-    for n in range(PROBE_SAMPLES):
-        alone = torch.zeros_like(direction)
-        alone[n] = direction[n]
-        found = backpropagate(logits, [*edges, *parameters.values()], alone, keep=True)
-        for i, call in enumerate(calls):
-            gradient = found[i]
-            gradients[i].append(logits.new_zeros(call.shape) if gradient is None else gradient)
-        for name, gradient in zip(parameters, found[len(calls) :], strict=True):
-            if gradient is not None:
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                exact[name] += in_score_precision(dense).square()
-                reached.add(name)
-    return gradients, exact, reached
-
-
-def isolated(logits: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
-    """Tell whether every sample of this batch keeps to its own part of every call.
-
-    Costs one backward pass. The plan was proved on two samples; where a model picks samples or
-    positions by index (experts, masks), another batch may be laid out in another way although it
-    looks the same.
-    """
-    known = [i for i, layout in enumerate(layouts) if layout is not None]
-    scattered = torch.arange(len(logits), device=logits.device).mul(1.7).sin() > 0
-    some = _direction(logits) * scattered.reshape(-1, *[1] * (logits.ndim - 1))
-    gradients = backpropagate(logits, [calls[i].edge for i in known], some, keep=True)
-    for i, gradient in zip(known, gradients, strict=True):
-        layout = layouts[i]
-        if gradient is None or layout is None:
-            continue
-        by_sample = (
-            layout.split(gradient, len(logits)).movedim(layout.axis, 0).reshape(len(logits), -1)
-        )
-        if by_sample[~scattered].any():
-            return False
-    return True
-
-
-def _find_layout(gradients: Sequence[Tensor], rule: type[Rule]) -> Layout | None:
-    """Return the layout in which each sample's gradient stays in its own part, or None."""
-    first, second = gradients
-    for layout in rule.layouts:
-        axis = 0 if layout is Layout.INTERLEAVED else layout.axis
-        if first.ndim <= axis or first.shape[axis] % PROBE_SAMPLES:
-            continue
-        if layout is Layout.SECOND and first.shape[1] != PROBE_SAMPLES:
-            continue
-        halves = [layout.split(g, PROBE_SAMPLES).movedim(layout.axis, 0) for g in (first, second)]
-        middle = len(halves[0]) // PROBE_SAMPLES
-        if not halves[0][middle:].any() and not halves[1][:middle].any():
-            return layout
-    return None
-
-
-def _macs(call: Call, parameters: Mapping[str, Tensor]) -> int:
-    weights = [parameters[name] for name in call.names.values()]
-    fan_in = max(weight[0].numel() if weight.ndim else 1 for weight in weights)
-    return call.shape.numel() // PROBE_SAMPLES * fan_in

@@ -164,7 +164,7 @@ def test_a_layer_without_gradient_on_the_first_batch_is_proved_later() -> None:
     batches = [-torch.ones(3, 4).double(), torch.rand(5, 4).double()]
     accumulator = SaliencyAccumulator(model)
     accumulator.update(batches[0])
-    (plan,) = accumulator._engine._plans.values()
+    (plan,) = accumulator._engine._plans._plans.values()
     assert plan.unproved == {"0.weight", "0.bias", "2.weight"}
     accumulator.update(batches[1])
     assert not plan.unproved
