@@ -16,11 +16,7 @@ from lightning_prune._targets import Target as PruningTarget
 from lightning_prune._targets import Threshold
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks import preflight, pruning_state, reporting
-from lightning_prune.callbacks.pruning_state import (
-    PendingEvent,
-    PruningRecord,
-    make_record,
-)
+from lightning_prune.callbacks.pruning_state import PendingEvent, PruningRecord, make_record
 from lightning_prune.callbacks.scoring import (
     ScoringOptions,
     ScoringPass,
@@ -206,14 +202,14 @@ class SaliencyPruningCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_fitting(trainer):
             return
-        scoring, self._pass = self._pass, None
         epoch = trainer.current_epoch
-        if scoring is not None and (target := self._target_due(epoch)) is not None:
+        if self._pass is not None and (target := self._target_due(epoch)) is not None:
             with refused_in(epoch):
-                scoring.add_generated(trainer, pl_module)
-                result = scoring.finish(trainer)
+                self._pass.add_generated(trainer, pl_module)
+                result = self._pass.finish(trainer)
             if result is not None:
                 self._pending = PendingEvent(epoch, target, **vars(result))
+            self._end_pass()
         self._log(trainer, pl_module)
 
     @override
@@ -342,6 +338,10 @@ class SaliencyPruningCallback(Callback):
 
     def _let_go(self) -> None:
         self._keeper.release()
-        self._parameters = {}
-        self._pass = None
-        self._restored = False
+        self._end_pass()
+        self._parameters, self._restored = {}, False
+
+    def _end_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None

@@ -15,11 +15,11 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.saliency import Likelihood, SaliencyAccumulator, Target
+from lightning_prune.saliency import Likelihood, SaliencyAccumulator, Target, unwrap_logits
 
 
 @runtime_checkable
@@ -119,11 +119,25 @@ class ScoringPass:
     def __init__(self, module: nn.Module, names: list[str], options: ScoringOptions) -> None:
         self._accumulator = options.accumulator(module, names)
         self._seconds = 0.0
+        self._outputs: list[Any] = []
+        self._hook = None if options.forward else module.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Remember what the validation step has computed already."""
+        self._outputs.append(output)
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def add(self, batch: Any) -> None:
-        """Score one batch."""
+        """Score one batch; the output of the step that just ran on it saves a forward pass."""
         start = time.perf_counter()
-        self._accumulator.update(batch)
+        outputs, self._outputs = self._outputs, []
+        self._accumulator.update(batch, _logits(outputs))
+        self._outputs.clear()  # the scoring pass runs the model, too
         self._seconds += time.perf_counter() - start
 
     def add_generated(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +150,7 @@ class ScoringPass:
 
     def finish(self, trainer: Trainer) -> ScoringResult | None:
         """Sum over all processes; ``None`` if nothing was scored anywhere."""
+        self.close()
         start = time.perf_counter()
         local = torch.tensor(self._accumulator.samples, device=trainer.strategy.root_device)
         samples = int(trainer.strategy.reduce(local, reduce_op="sum"))
@@ -144,6 +159,18 @@ class ScoringPass:
         scores = self._accumulator.compute()
         seconds = self._seconds + time.perf_counter() - start
         return ScoringResult(scores, samples, self._accumulator.dropped_energy, seconds)
+
+
+def _logits(outputs: list[Any]) -> Tensor | None:
+    """Return the logits of a step that has called the model once, in full precision.
+
+    Whether they are those of the batch is checked where they are used.
+    """
+    if len(outputs) != 1:
+        return None
+    logits = getattr(outputs[0], "logits", outputs[0])
+    full = isinstance(logits, Tensor) and logits.dtype in (torch.float32, torch.float64)
+    return unwrap_logits(outputs[0]) if full else None
 
 
 def is_fitting(trainer: Trainer) -> bool:

@@ -1,7 +1,12 @@
 """How much does each parameter matter? Batches in, :data:`~lightning_prune._types.Scores` out."""
 
 from lightning_prune.saliency.accumulator import SaliencyAccumulator, squared_gradients
-from lightning_prune.saliency.batches import default_forward, read_inputs, read_labels
+from lightning_prune.saliency.batches import (
+    default_forward,
+    read_inputs,
+    read_labels,
+    unwrap_logits,
+)
 from lightning_prune.saliency.signs import RandomSigns
 from lightning_prune.saliency.target import Likelihood, Target
 
@@ -14,4 +19,5 @@ __all__ = [
     "read_inputs",
     "read_labels",
     "squared_gradients",
+    "unwrap_logits",
 ]

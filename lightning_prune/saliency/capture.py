@@ -101,6 +101,7 @@ class Capture(TorchFunctionMode):
         opaque: Names of parameters that have (also) been used where no rule applies.
         indexed: Whether activations were picked by an index tensor or a mask.
         first_output: The first captured call's output, without its history.
+        work: Multiply-accumulates of each call with a matrix or kernel, whosever it is.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], resume: Resume | None = None) -> None:
@@ -112,6 +113,7 @@ class Capture(TorchFunctionMode):
         self.calls: list[Call] = []
         self.opaque: set[str] = set()
         self.indexed = False
+        self.work: list[int] = []
 
     def __torch_function__(
         self,
@@ -133,6 +135,12 @@ class Capture(TorchFunctionMode):
             output = self._resume.rows()
         else:
             output = func(*args, **kwargs)
+        rule = lookup(func)
+        if rule is not None and "weight" in rule.signature and isinstance(output, Tensor):
+            place = rule.signature.index("weight")
+            self.work += [
+                output.numel() * w[0].numel() for w in args[place : place + 1] if _is_matrix(w)
+            ]
         if used and _carries_gradient(output):
             return self._record(func, args, kwargs, output, used)
         return output
@@ -223,6 +231,10 @@ def _has_tensor(values: Iterable[Any]) -> bool:
     return any(
         _has_tensor(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) for v in values
     )
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _detached(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def make_plan(
     plan.shapes = [call.shape for call in capture.calls]
     plan.unproved = unproved
     plan.tries = TRIES
-    plan.work = sum(_macs(call, parameters) for call in capture.calls[1:])
+    plan.work = sum(capture.work[1:]) // PROBE_SAMPLES
     plan.resumable = plan.may_resume(capture.calls) and _resuming_agrees(
         run, pair, parameters, plan, logits, capture.first_output, exact, workspace
     )
@@ -244,9 +244,3 @@ def _find_layout(gradients: Sequence[Tensor], rule: type[Rule]) -> Layout | None
         if not halves[0][middle:].any() and not halves[1][:middle].any():
             return layout
     return None
-
-
-def _macs(call: Call, parameters: Mapping[str, Tensor]) -> int:
-    weights = [parameters[name] for name in call.names.values()]
-    fan_in = max(weight[0].numel() if weight.ndim else 1 for weight in weights)
-    return call.shape.numel() // PROBE_SAMPLES * fan_in
