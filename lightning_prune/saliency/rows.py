@@ -105,13 +105,17 @@ def independent_rows(weight: Tensor, tolerance: float) -> Rows:
 def term_rows(
     softmax: Softmax, classes: Tensor, weight: Tensor, tolerance: float, shape: torch.Size
 ) -> Rows:
-    """Return the given terms as rows, the weakest left out; classes and weight (M, m)."""
+    """Return the given terms as rows, weak ones left out; classes and weight (M, m).
+
+    Terms below an equal share of the allowance are left out, which takes no sorting.
+    """
     energy = weight.square() * softmax.squared_norms().gather(1, classes)
     total = float(energy.sum())
-    keep, dropped = largest(energy.flatten(), tolerance * total)
-    prediction, column = keep // energy.shape[1], keep % energy.shape[1]
+    prediction, column = (energy > tolerance * total / energy.numel()).nonzero(as_tuple=True)
+    kept = energy[prediction, column]
+    dropped = max(0.0, total - float(kept.sum())) if tolerance else 0.0
     terms = (classes[prediction, column][:, None], weight[prediction, column][:, None])
-    return Rows(prediction, *terms, softmax, energy.flatten()[keep], total, dropped, shape)
+    return Rows(prediction, *terms, softmax, kept, total, dropped, shape)
 
 
 def rotated_rows(softmax: Softmax, weight: Tensor, tolerance: float, shape: torch.Size) -> Rows:
