@@ -49,7 +49,7 @@ format: $(INSTALLED) ## let ruff lay out the code and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-picture: $(INSTALLED) ## redraw the picture of the README from fresh runs
+picture: $(INSTALLED) ## redraw the picture of the README from real runs (kept in runs/picture)
 	$(BIN)/python docs/make_picture.py
 
 clean: ## remove .venv and caches (runs stay)
