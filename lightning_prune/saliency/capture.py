@@ -36,7 +36,6 @@ class Call:
         edge: Where autograd delivers the gradient at the output, unaffected by later changes in
             place.
         shape: The output's shape.
-        index: For a call that was resumed: which sample each row of the gradient belongs to.
     """
 
     rule: type[Rule]
@@ -44,36 +43,11 @@ class Call:
     names: Mapping[str, str]
     edge: GradientEdge
     shape: torch.Size
-    index: Tensor | None = None
-
-    def samples(self, total: int) -> int:
-        """Return how many samples the call's arguments hold, if the model has run on ``total``."""
-        return total if self.index is None else self.shape[0]
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """What has to be alike for a layout found on one batch to hold on another."""
         return (self.rule, tuple(self.names.items()), len(self.shape))
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where to take up a forward pass: behind its first captured call.
-
-    What follows a costly first layer then runs once for all rows, instead of one backward pass of
-    the whole batch a row.
-
-    Attributes:
-        output: (N, D) the first call's output, known from an earlier pass.
-        index: (S,) the samples to go on with, repeats allowed.
-    """
-
-    output: Tensor
-    index: Tensor
-
-    def rows(self) -> Tensor:
-        """Return (S, D) rows that carry gradients."""
-        return self.output.detach().requires_grad_().index_select(0, self.index)
 
 
 def backpropagate(
@@ -94,21 +68,19 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: Full name -> parameter, all of them requiring gradients.
-        resume: Do not run the first captured call, but hand the model rows of its known output.
 
     Attributes:
         calls: The captured calls, in order.
         opaque: Names of parameters that have (also) been used where no rule applies.
         indexed: Whether activations were picked by an index tensor or a mask.
-        first_output: The first captured call's output, without its history.
+        last_input: The input of the last captured call, with its history.
         work: Multiply-accumulates of each call with a matrix or kernel, whosever it is.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], resume: Resume | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._resume = resume
-        self.first_output: Tensor | None = None
+        self.last_input: Tensor | None = None
         self._versions: list[tuple[Tensor, int, tuple[str, ...]]] = []
         self.calls: list[Call] = []
         self.opaque: set[str] = set()
@@ -131,10 +103,7 @@ class Capture(TorchFunctionMode):
         if func in _INDEXING and _carries_gradient(args) and _has_tensor(args[1:]):
             self.indexed = True
         used = self._parameters_in((*args, *kwargs.values()))
-        if used and self._resume is not None and not self.calls and lookup(func) is not None:
-            output = self._resume.rows()
-        else:
-            output = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         rule = lookup(func)
         if rule is not None and "weight" in rule.signature and isinstance(output, Tensor):
             place = rule.signature.index("weight")
@@ -142,7 +111,7 @@ class Capture(TorchFunctionMode):
                 output.numel() * w[0].numel() for w in args[place : place + 1] if _is_matrix(w)
             ]
         if used and _carries_gradient(output):
-            return self._record(func, args, kwargs, output, used)
+            self._record(func, args, kwargs, output, used)
         return output
 
     def _parameters_in(self, values: Iterable[Any]) -> set[str]:
@@ -161,7 +130,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
         used: set[str],
-    ) -> Any:
+    ) -> None:
         rule = lookup(func)
         # expand(2, 3) spells its sizes out; only the first argument matters there.
         if rule is None or (
@@ -169,7 +138,7 @@ class Capture(TorchFunctionMode):
             and (not isinstance(output, Tensor) or len(args) > len(rule.signature))
         ):
             self.opaque |= used
-            return output
+            return
         arguments = {**dict(zip(rule.signature, args, strict=False)), **kwargs}
         names = {
             role: self._names[id(arguments[role])]
@@ -182,18 +151,13 @@ class Capture(TorchFunctionMode):
             or not rule.accepts(arguments)
         ):
             self.opaque |= used
-            return output
+            return
         for role in rule.inputs:
             if isinstance(value := arguments[role], Tensor):
                 self._versions.append((value, value._version, tuple(used)))
-        index, shape = None, output.shape
-        if not self.calls:
-            self.first_output = output.detach()
-            if self._resume is not None:
-                index, shape = self._resume.index, self._resume.output.shape
+        self.last_input = arguments[rule.inputs[0]]
         arguments = _detached(arguments)
-        self.calls.append(Call(rule, arguments, names, get_gradient_edge(output), shape, index))
-        return output
+        self.calls.append(Call(rule, arguments, names, get_gradient_edge(output), output.shape))
 
     def close(self) -> None:
         """Send parameters whose inputs were changed in place to the generic route.

@@ -27,20 +27,22 @@ from lightning_prune.saliency.batches import (
     take_samples,
     unwrap_logits,
 )
-from lightning_prune.saliency.capture import Capture, Resume, backpropagate
+from lightning_prune.saliency.capture import Capture, backpropagate
 from lightning_prune.saliency.grouping import group_rows, whole_batch
+from lightning_prune.saliency.head import head_weight, row_squares, squares_below
 from lightning_prune.saliency.parameters import named_tensors
-from lightning_prune.saliency.plan import Plan
 from lightning_prune.saliency.preparation import first_non_finite_layer, prepared
 from lightning_prune.saliency.proof import Plans
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rows import Rows
 from lightning_prune.saliency.rules import generic
+from lightning_prune.saliency.rules.linear import Linear
 from lightning_prune.saliency.signs import RandomSigns, random_rows
 from lightning_prune.saliency.target import (
     Likelihood,
     Target,
     check_finite,
+    check_labels,
     check_target,
     class_rows,
     output_rows,
@@ -146,6 +148,10 @@ class Engine:
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
             self._plans.prepare(batch)
+            if self._plans.latest.head and self._sums_over_classes:
+                energy = self._add_by_head(batch, totals)
+                if energy is not None:
+                    return BatchReport(batch_size(batch), energy, 0.0)
             if not self._selects():
                 return BatchReport(batch_size(batch), *self._add_all_rows(batch, totals))
             rows = self._add_chosen_rows(batch, totals, None if logits is None else logits.clone())
@@ -199,9 +205,9 @@ class Engine:
                 "`parameters=[...]`, or return the output that uses them from `forward`."
             )
 
-    def _run(self, batch: Any, samples: int | None = None) -> Tensor:
+    def _run(self, batch: Any) -> Tensor:
         logits = unwrap_logits(self.forward(self.model, batch))
-        expected = batch_size(batch) if samples is None else samples
+        expected = batch_size(batch)
         if logits.ndim == 0 or logits.shape[0] != expected:
             raise SaliencyError(
                 f"Expected logits with one row a sample, (N, ...) with N = {expected}, "
@@ -240,6 +246,10 @@ class Engine:
             rotate=rotate,
         )
 
+    @property
+    def _sums_over_classes(self) -> bool:
+        return self.likelihood == "categorical" and self.target in ("probability", "fisher")
+
     def _selects(self) -> bool:
         """Tell whether rows are chosen from logits first, or all of them are backpropagated.
 
@@ -248,8 +258,7 @@ class Engine:
         plan = self._plans.latest
         rows = plan.output.numel()
         if self.likelihood == "categorical":
-            every_class = self.target in ("probability", "fisher")
-            rows = rows // plan.output[0] * (plan.output[0] if every_class else 1)
+            rows = rows if self._sums_over_classes else rows // plan.output[0]
         return rows > MANY_ROWS or (
             (rows > 1 or self.tolerance > 0) and (bool(plan.generic) or plan.work > SELECTION_WORK)
         )
@@ -259,16 +268,7 @@ class Engine:
         with Capture(self.parameters) as capture:
             logits = self._run(batch)
         capture.close()
-        plan = self._plans.find(capture, logits)
-        if plan is not None and plan.resumable and capture.first_output is not None:
-            rows = self._rows(logits, batch, rotate=False)
-            if self._resume(batch, capture.first_output, rows, plan, totals):
-                return rows.total, rows.dropped
-        if (
-            logits.ndim == 2
-            and self.likelihood == "categorical"
-            and self.target in ("probability", "fisher")
-        ):
+        if logits.ndim == 2 and self._sums_over_classes:
             gradients = class_rows(logits, self.target)
             energy, dropped = float(gradients.square().sum()), 0.0
         else:
@@ -278,22 +278,29 @@ class Engine:
         self._backward(batch, capture, logits, gradients, totals)
         return energy, dropped
 
-    def _resume(
-        self, batch: Any, output: Tensor, rows: Rows, plan: Plan, totals: Mapping[str, Tensor]
-    ) -> bool:
-        """Run what follows the first call on one sample a row; say whether that was possible."""
-        row = sum(shape[1:].numel() for shape in plan.shapes) * 8 * output.element_size()
-        if len(rows.prediction) * row > self.workspace:
-            return False
-        with Capture(self.parameters, Resume(output, rows.sample)) as capture:
-            logits = self._run(batch, len(rows.sample))
+    def _add_by_head(self, batch: Any, totals: Mapping[str, Tensor]) -> float | None:
+        """Add the batch with all class rows at once; return its energy, None if that cannot be."""
+        with Capture(self.parameters) as capture:
+            logits = self._run(batch)
         capture.close()
-        if self._plans.find(capture, logits) is not plan:
-            plan.resumable = False  # these samples take another way than those of the proof
-            return False
-        gradients = rows.vectors(torch.arange(len(logits), device=logits.device))
-        self._backward(batch, capture, logits, gradients[None].to(logits.dtype), totals)
-        return True
+        plan = self._plans.find(capture, logits)
+        weight, below = head_weight(capture, logits), capture.last_input
+        if plan is None or not plan.head or weight is None or below is None:
+            return None
+        check_finite(logits)
+        check_labels(logits, None, self.target, self.likelihood)
+        softmax, squares = row_squares(in_score_precision(logits.detach()), self.target)
+        head = capture.calls[-1]
+        sums = {role: totals[name] for role, name in head.names.items()}
+        Linear.add_squares(squares, in_score_precision(head.arguments["input"]), sums)
+        names = plan.closed - set(head.names.values())
+        calls, layouts = capture.calls[:-1], plan.layouts[:-1]
+        uses = Uses(calls, layouts, names, len(logits), self.workspace)
+        if uses.indices:
+            direction = squares_below(softmax, in_score_precision(weight), self.target).sqrt_()
+            uses.add(backpropagate(below, uses.edges, direction.to(below.dtype)), totals)
+            uses.finish(totals)
+        return float(squares.sum(dtype=torch.float64))
 
     def _add_chosen_rows(
         self, batch: Any, totals: Mapping[str, Tensor], given: Tensor | None

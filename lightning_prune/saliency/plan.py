@@ -30,7 +30,7 @@ class Plan:
             generic route.
         closed: Names whose every use is covered.
         generic: Names that take the generic route.
-        resumable: Whether a forward pass may be taken up behind the first call (:class:`Resume`).
+        head: Whether all class rows can be taken at once (:mod:`lightning_prune.saliency.head`).
         tries: How many more batches to look for proof of the unproved ones on.
         unproved: Names in ``closed`` whose gradients were all zero on the samples tried so far.
         work: Multiply-accumulates a sample and row, beyond the first layer: what one more row
@@ -46,7 +46,7 @@ class Plan:
     shapes: list[torch.Size] = field(default_factory=list)
     unproved: set[str] = field(default_factory=set)
     work: int = 0
-    resumable: bool = False
+    head: bool = False
     tries: int = 0
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
@@ -54,10 +54,8 @@ class Plan:
 
         Where a model routes each sample its own way, a layer's batch is not the model's batch.
         """
-        total = samples
         # A plan that trusts no closed form has no shapes.
         for call, layout, probe in zip(calls, self.layouts, self.shapes, strict=False):
-            samples = call.samples(total)
             if layout is not None:
                 axis = 1 if layout is Layout.SECOND else 0
                 if call.shape[axis] % samples or (axis and call.shape[axis] != samples):
@@ -68,20 +66,6 @@ class Plan:
                 ):
                     return False
         return True
-
-    def may_resume(self, calls: Sequence[Call]) -> bool:
-        """Tell whether it is worth trying: one prediction a sample, a resumable first call."""
-        if (
-            self.generic
-            or len(self.output) != 1
-            or not calls
-            or self.layouts[0] is not Layout.FIRST
-        ):
-            return False
-        first = set(calls[0].names.values())
-        if any(first & set(call.names.values()) for call in calls[1:]):
-            return False
-        return len(calls[0].shape) == 2 and calls[0].rule.resumable
 
     def confirm(self, other: Plan) -> None:
         """Take over what another pair of samples has shown about parameters not yet proved."""

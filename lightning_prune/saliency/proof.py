@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.saliency.batches import batch_size, take_samples
-from lightning_prune.saliency.capture import Call, Capture, Resume, backpropagate
+from lightning_prune.saliency.capture import Call, Capture, backpropagate
+from lightning_prune.saliency.head import head_weight
 from lightning_prune.saliency.plan import PROBE_SAMPLES, TRIES, Plan, Signature, signature
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision
 from lightning_prune.saliency.target import check_finite
@@ -117,48 +117,31 @@ def make_plan(
     plan.unproved = unproved
     plan.tries = TRIES
     plan.work = sum(capture.work[1:]) // PROBE_SAMPLES
-    plan.resumable = plan.may_resume(capture.calls) and _resuming_agrees(
-        run, pair, parameters, plan, logits, capture.first_output, exact, workspace
-    )
+    plan.head = not plan.generic and _head_agrees(capture, logits, plan, exact, workspace)
     return signature(capture.calls, capture.opaque), plan
 
 
-def _resuming_agrees(
-    run: Callable[..., Tensor],
-    pair: Any,
-    parameters: Mapping[str, Tensor],
-    plan: Plan,
-    logits: Tensor,
-    first_output: Tensor | None,
-    exact: Mapping[str, Tensor],
-    workspace: int,
+def _head_agrees(
+    capture: Capture, logits: Tensor, plan: Plan, exact: Mapping[str, Tensor], workspace: int
 ) -> bool:
-    """Tell whether the model gives the same logits and scores when resumed behind its first call.
+    """Tell whether a linear layer ends the model and squares alone can be followed below it.
 
-    It does not where it uses its input, or the size of its batch, later on.
+    Tried with the squares of a single direction, whose signs are lost on the way.
     """
-    if first_output is None:
+    weight, below = head_weight(capture, logits), capture.last_input
+    if weight is None or below is None:
         return False
-    index = torch.tensor([0, 1, 1, 0], device=logits.device)
-    try:
-        with Capture(parameters, Resume(first_output, index)) as capture:
-            again = run(pair, len(index))
-    except (RuntimeError, ValueError, IndexError, BatchFormatError):
-        return False
-    capture.close()
-    if len(capture.calls) != len(plan.layouts) or capture.opaque:
-        return False
-    if not torch.allclose(again, logits[index], rtol=1e-3, atol=1e-5):
-        return False
-    uses = Uses(capture.calls, plan.layouts, plan.closed, len(again), workspace)
-    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
-    # Two rows a sample, one three times the other: 1 + 9 times the score of one.
-    direction = _direction(logits)[index] * logits.new_tensor([1, 1, 3, 3])[:, None]
-    uses.add(backpropagate(again, uses.edges, direction), found)
-    uses.finish(found)
-    return all(
-        _agree(total / 10, exact[name], parameters[name].dtype) for name, total in found.items()
-    )
+    calls, layouts = capture.calls[:-1], plan.layouts[:-1]
+    names = plan.closed - set(capture.calls[-1].names.values())
+    uses = Uses(calls, layouts, names, PROBE_SAMPLES, workspace)
+    found = {name: torch.zeros_like(exact[name]) for name in names}
+    if names:
+        uses.add(
+            backpropagate(below, uses.edges, (_direction(logits) @ weight).abs(), keep=True), found
+        )
+        uses.finish(found)
+    dtype = logits.dtype
+    return all(_agree(total, exact[name], dtype) for name, total in found.items())
 
 
 def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:

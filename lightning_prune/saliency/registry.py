@@ -101,13 +101,6 @@ class Rule(ABC):
             for start in range(0, self.samples, step):
                 square_sum(self.per_sample(role, gradient, slice(start, start + step)), total)
 
-    #: Whether :meth:`add_rows` is there, which lets a forward pass be resumed behind the call.
-    resumable: ClassVar[bool] = False
-
-    def add_rows(self, gradient: Tensor, index: Tensor) -> None:
-        """Add rows (S, ...) of gradients, row s for sample ``index[s]``; :meth:`finish` follows."""
-        raise NotImplementedError
-
     def finish(self, totals: Mapping[str, Tensor]) -> None:
         """Add what :meth:`add` has put off until all directions were seen."""
         return  # Most rules put nothing off.

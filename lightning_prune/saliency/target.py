@@ -18,6 +18,7 @@ Probabilities are computed in float64 up to :data:`DOUBLE_CLASSES` classes, in f
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -109,7 +110,8 @@ def class_rows(logits: Tensor, target: Target) -> Tensor:
 
 def check_finite(logits: Tensor) -> None:
     """Raise NonFiniteScoresError naming the first sample whose logits are NaN or infinite."""
-    if bool(torch.isfinite(logits).all()):
+    # A sum is finite only if all its terms are; the reverse may fail, so look again before raising.
+    if math.isfinite(float(logits.detach().sum())) or bool(torch.isfinite(logits).all()):
         return
     finite = torch.isfinite(logits).reshape(logits.shape[0], -1).all(1)
     first = int((~finite).nonzero()[0])

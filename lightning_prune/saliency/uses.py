@@ -24,7 +24,7 @@ class Uses:
         calls: All captured calls.
         layouts: For each call, where it keeps the samples, or None if that is unknown.
         names: The parameters wanted; those with a call of unknown layout are left out.
-        samples: How many samples the model has run on.
+        samples: N.
         workspace: Bytes of work space for each rule.
 
     Attributes:
@@ -55,11 +55,10 @@ class Uses:
         self.indices = sorted({i for uses in parts.values() for i, _ in uses})
         self._edges = [calls[i].edge for i in self.indices]
         self._rules = {
-            i: calls[i].rule(calls[i].arguments, calls[i].samples(samples), layout, workspace)
+            i: calls[i].rule(calls[i].arguments, samples, layout, workspace)
             for i in self.indices
             if (layout := layouts[i]) is not None
         }
-        self._index = {i: calls[i].index for i in self.indices}
         self._several = {name: uses for name, uses in parts.items() if len(uses) > 1}
         self._single: dict[int, dict[str, str]] = {}
         for name, uses in parts.items():
@@ -77,10 +76,7 @@ class Uses:
         for i, roles in self._single.items():
             if (gradient := found[i]) is not None:
                 sums = {role: totals[name] for role, name in roles.items()}
-                if (index := self._index[i]) is None:
-                    self._rules[i].add(gradient, sums)
-                else:
-                    self._rules[i].add_rows(gradient, index)
+                self._rules[i].add(gradient, sums)
         for name, uses in self._several.items():
             self._add_several(
                 [(i, role, g) for i, role in uses if (g := found[i]) is not None], totals[name]

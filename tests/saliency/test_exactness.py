@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,7 @@ def test_splitting_and_reordering_the_data_changes_nothing(name: str) -> None:
         "conv1d same padding",
         "batch norm",
         "layer norm",
+        "embedding with padding",
     ],
 )
 def test_scores_equal_the_jacobian_of_the_softmax(name: str) -> None:
@@ -142,6 +144,55 @@ def test_known_logits_change_nothing() -> None:
     with_logits.update(x, logits)
     without.update(x)
     assert reference.largest_error(with_logits.compute(), without.compute()) < 1e-10
+
+
+class Overlapping(nn.Module):
+    """A unit may be the largest of two neighbourhoods, which two samples need not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = nn.functional.max_pool1d(self.first(x)[:, None], 2, stride=1)[:, 0]
+        return self.head(pooled)
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "linear": (lambda: nn.Linear(4, 3), True),
+    "one hidden layer": (lambda: mlp(nn.ReLU()), True),
+    "in place": (lambda: mlp(nn.ReLU(inplace=True)), True),
+    "tanh, dropout, gelu": (lambda: mlp(nn.Tanh(), nn.Dropout(), nn.GELU()), True),
+    "two hidden layers": (lambda: mlp(nn.ReLU(), nn.Linear(6, 6), nn.ReLU()), False),
+    "batch norm": (lambda: mlp(nn.BatchNorm1d(6), nn.ReLU()), False),
+    "overlapping maxima": (Overlapping, False),
+    "softmax inside": (lambda: mlp(nn.Softmax(-1)), False),
+}
+
+
+def mlp(*middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), *middle, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("target", ["probability", "fisher"])
+@pytest.mark.parametrize("name", HEADS)
+def test_all_class_rows_at_once_where_squares_are_enough(name: str, target: str) -> None:
+    build, expected_head = HEADS[name]
+    torch.manual_seed(0)
+    model, x = build().double().eval(), torch.randn(40, 4).double()
+    accumulator = SaliencyAccumulator(model, target=target)
+    accumulator.update(x)
+    assert accumulator._engine._plans.latest.head is expected_head
+    exact = reference.squared_gradients(model, x, target=target)
+    assert reference.largest_error(accumulator.compute(), exact) < 1e-9
+
+
+def test_the_head_keeps_its_digits_where_every_sample_is_sure() -> None:
+    model, x = mlp(nn.ReLU()), torch.randn(40, 4)
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([12.0, 0.0, -1.0]))
+    exact = reference.squared_gradients(copy.deepcopy(model).double(), x.double())
+    assert reference.largest_error(squared_gradients(model, [x]), exact) < 1e-4
 
 
 @pytest.mark.parametrize("wrong", [lambda z: z + 1.0, lambda z: z[:, :2], lambda z: z.flip(0)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.saliency.registry import Layout, Rule, in_score_precision, rule_for
+from lightning_prune.saliency.registry import Layout, Rule, rule_for
 
 
 @rule_for(F.linear)
@@ -51,22 +51,24 @@ class Linear(Rule):
         else:
             self._squares.addcmul_(gradient, gradient)
 
-    resumable = True
-
-    def add_rows(self, gradient: Tensor, index: Tensor) -> None:  # noqa: D102
-        squares = in_score_precision(gradient).square()
-        if self._squares is None:
-            self._squares = squares.new_zeros(self.samples, squares.shape[1])
-        self._squares.index_add_(0, index, squares)
-
     def finish(self, totals: Mapping[str, Tensor]) -> None:  # noqa: D102
-        if self._squares is None:
-            return
+        if self._squares is not None:
+            self.add_squares(self._squares, self.activation.squeeze(1), totals)
+            self._squares = None
+
+    @classmethod
+    def add_squares(cls, squares: Tensor, a: Tensor, totals: Mapping[str, Tensor]) -> None:
+        """Add the scores of a layer with one position a sample.
+
+        Args:
+            squares: (N, D_out) squared gradients at the output, summed over directions.
+            a: (N, D_in) the input.
+            totals: Role -> running sum.
+        """
         if "weight" in totals:
-            totals["weight"].add_(self.outer(self._squares, self.activation.squeeze(1).square()))
+            cls.add_outer(totals["weight"], squares, a.square())
         if "bias" in totals:
-            totals["bias"].add_(self._squares.sum(0))
-        self._squares = None
+            totals["bias"].add_(squares.sum(0))
 
     def per_sample(self, role: str, gradient: Tensor, rows: slice) -> Tensor:  # noqa: D102
         g = self._positions(gradient)[rows]
@@ -76,6 +78,11 @@ class Linear(Rule):
     def outer(g: Tensor, a: Tensor) -> Tensor:
         """Return g^T a: (..., T, D_out) and (..., T, D_in) to (..., D_out, D_in)."""
         return g.transpose(-2, -1) @ a
+
+    @staticmethod
+    def add_outer(total: Tensor, g: Tensor, a: Tensor) -> None:
+        """Add g^T a to ``total``."""
+        total.addmm_(g.t(), a)
 
 
 @rule_for(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
@@ -87,6 +94,10 @@ class MatMul(Linear):
     @staticmethod
     def outer(g: Tensor, a: Tensor) -> Tensor:  # noqa: D102
         return a.transpose(-2, -1) @ g
+
+    @staticmethod
+    def add_outer(total: Tensor, g: Tensor, a: Tensor) -> None:  # noqa: D102
+        total.addmm_(a.t(), g)
 
 
 @rule_for(torch.addmm, torch.Tensor.addmm)
