@@ -127,8 +127,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     # name: (network, image size, epochs of training, batch size of the measurement)
     "784-128-10": (mlp, 28, 15, 256),
     "LeNet-5": (lenet, 28, 15, 256),
-    "ResNet-20": (resnet20, 32, 4, 64),
-    "encoder": (Encoder, 32, 6, 32),
+    "ResNet-20": (resnet20, 32, 10, 64),
+    "encoder": (Encoder, 32, 14, 32),
     "784-512-1000": (wide, 0, 6, 128),
 }
 
