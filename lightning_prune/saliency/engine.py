@@ -297,7 +297,8 @@ class Engine:
         calls, layouts = capture.calls[:-1], plan.layouts[:-1]
         uses = Uses(calls, layouts, names, len(logits), self.workspace)
         if uses.indices:
-            direction = squares_below(softmax, in_score_precision(weight), self.target).sqrt_()
+            weight = in_score_precision(weight)
+            direction = squares_below(softmax, weight, self.target, self.workspace).sqrt_()
             uses.add(backpropagate(below, uses.edges, direction.to(below.dtype)), totals)
             uses.finish(totals)
         return float(squares.sum(dtype=torch.float64))

@@ -50,16 +50,17 @@ class Group:
 def group_rows(rows: Rows, workspace: int) -> list[Group]:
     """Cut the rows of a batch into groups.
 
-    The gradients of the outputs of one group take at most a quarter of the workspace (a single
-    sample's may take more).
+    The gradients of the outputs of one group take at most a quarter of the workspace.
     """
     if not len(rows.prediction):
         return []
     by_sample, sample, within = _enumerate(rows)
     present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
-    cuts = _cuts(counts.tolist(), _most_samples(rows, workspace))
-    if _cost(counts.tolist(), cuts) > len(sample) * (FORWARD + BACKWARD) + LAUNCH:
+    most = _most_samples(rows, workspace)
+    cuts = _cuts(counts.tolist(), most)
+    alone = len(sample) * (FORWARD + BACKWARD) + LAUNCH
+    if int(counts[0]) > most or _cost(counts.tolist(), cuts) > alone:
         return _single_rows(rows, workspace)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)

@@ -12,6 +12,7 @@ the rows: squares of gradients are all that such a layer's score needs.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
@@ -73,7 +74,7 @@ def row_squares(logits: Tensor, target: Target) -> tuple[Softmax, Tensor]:
     return softmax, p.square().mul_(softmax.squared_norms())
 
 
-def squares_below(softmax: Softmax, weight: Tensor, target: Target) -> Tensor:
+def squares_below(softmax: Softmax, weight: Tensor, target: Target, workspace: int) -> Tensor:
     """Return the sum over all rows of their squares at the head's input, (N, H); weight (C, H).
 
     The likeliest class is taken apart from the others: everything else is then small with 1 - p,
@@ -86,7 +87,10 @@ def squares_below(softmax: Softmax, weight: Tensor, target: Target) -> Tensor:
     mean_rest = small @ weight
     first = mean_rest if target == "fisher" else factor @ weight
     mean = softmax.p_top * weight_top + mean_rest
-    squares = factor @ weight.square()
+    squares = torch.zeros_like(mean)
+    classes = max(1, workspace // (4 * weight.shape[1] * weight.element_size()))
+    for f, w in zip(torch.split(factor, classes, 1), torch.split(weight, classes), strict=True):
+        squares.addmm_(f, w.square())
     squares.add_(mean * (factor.sum(1, keepdim=True) * mean - 2 * first))
     squares.add_(top_factor * (softmax.rest * weight_top - mean_rest).square())
     return squares.clamp_min_(0.0)

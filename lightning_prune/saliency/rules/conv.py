@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision, rule_for
 
 
+COLUMN_BYTES = 8 * 2**20
+"""Unfolded inputs are held in chunks of about this size."""
+
+
 @rule_for(F.conv1d, F.conv2d, F.conv3d)
 class Conv(Rule):
     """``convNd(input, weight, bias, stride, padding, dilation, groups)``.
@@ -57,12 +61,12 @@ class Conv(Rule):
         return same_rank
 
     def chunk(self, parameter: Tensor) -> int:
-        """Bound the columns as well as the gradients."""
+        """Keep the columns in the cache as well as the gradients."""
         places = math.prod(self.image().shape[2:]) * self.folded
-        columns: int = (
-            places * self.image().shape[1] * math.prod(self.kernel) * parameter.element_size()
-        )
-        return max(1, min(super().chunk(parameter), self.workspace // (4 * max(1, columns))))
+        columns: int = places * self.image().shape[1] * math.prod(self.kernel)
+        columns *= parameter.element_size()
+        room = min(COLUMN_BYTES, self.workspace // 4)
+        return max(1, min(super().chunk(parameter), room // max(1, columns)))
 
     def image(self) -> Tensor:
         """Return what is unfolded when it does not depend on the direction."""
@@ -80,10 +84,10 @@ class Conv(Rule):
         return in_score_precision(value[start * self.folded : stop * self.folded])
 
     def _cached_columns(self, rows: slice, places: tuple[int, ...]) -> Tensor:
-        """Unfold the input once for all directions where that fits a quarter of the workspace."""
+        """Unfold the input once for all directions where all of it stays in the cache."""
         image = self.arguments["input"]
-        size = image.shape[0] * image.shape[1] * math.prod(self.kernel) * math.prod(places) * 4
-        if size > self.workspace // 4:
+        size = len(image) * image.shape[1] * math.prod(self.kernel) * math.prod(places) * 4
+        if size > min(COLUMN_BYTES, self.workspace // 4):
             return self._unfold(self._rows(image, rows), places)
         if self._columns is None:
             self._columns = self._unfold(in_score_precision(image), places)
