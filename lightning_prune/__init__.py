@@ -12,7 +12,7 @@ The way of the data, room by room:
 
 from lightning_prune.callbacks import SaliencyPruningCallback, VAEAugmentCallback
 from lightning_prune.masking import SparsityMetric, sparsity
-from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
+from lightning_prune.saliency import RandomSigns, SaliencyAccumulator, squared_gradients
 from lightning_prune.schedules import (
     ConstantRateSchedule,
     CubicSchedule,
@@ -29,6 +29,7 @@ __all__ = [
     "EpochSchedule",
     "LinearSchedule",
     "OneShotSchedule",
+    "RandomSigns",
     "SaliencyAccumulator",
     "SaliencyPruningCallback",
     "Schedule",

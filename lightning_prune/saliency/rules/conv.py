@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from lightning_prune.saliency.registry import Layout, Rule, in_score_precision, rule_for
 
-
 COLUMN_BYTES = 8 * 2**20
 """Unfolded inputs are held in chunks of about this size."""
 
