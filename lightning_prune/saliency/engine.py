@@ -52,10 +52,10 @@ from lightning_prune.saliency.uses import Uses
 WORKSPACE = 256 * 2**20
 """Default work space in bytes beyond the model, its activations and the scores."""
 
-ROUND_OFF = 1 / 16
+ROUND_OFF = 0.5
 """The part of the dtype's epsilon that is the share of energy left out at tolerance 0.
 
-It is below the round-off of the sums.
+Half an epsilon is the unit round-off: one rounding of the largest scores.
 """
 
 SELECTION_WORK = 50_000
@@ -312,7 +312,7 @@ class Engine:
         else:
             logits = given.detach()
         rows = self._rows(logits, batch)
-        for i, group in enumerate(group_rows(rows, self.workspace)):
+        for i, group in enumerate(group_rows(rows, self.workspace, self._plans.latest.work)):
             part = take_samples(batch, group.samples)
             with Capture(self.parameters) as capture:
                 found = self._run(part)

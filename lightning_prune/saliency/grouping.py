@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightning_prune.saliency.rows import Rows
 
-FORWARD, BACKWARD, LAUNCH = 1.0, 2.0, 12.0
-"""Costs of a sample forward, a row backward, and a pass; the unit is one sample's forward pass."""
+FORWARD, BACKWARD = 1.0, 2.0
+"""Costs of a sample forward and of a row backward; the unit is one sample's forward pass."""
 
-SMALLEST = 16
-"""Samples a group should have before a new one is opened."""
+LAUNCH_WORK = 4_000_000
+"""What starting a pass costs, in multiply-accumulates."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,15 @@ class Group:
         return out
 
 
-def group_rows(rows: Rows, workspace: int) -> list[Group]:
+def group_rows(rows: Rows, workspace: int, work: int) -> list[Group]:
     """Cut the rows of a batch into groups.
 
     The gradients of the outputs of one group take at most a quarter of the workspace.
+
+    Args:
+        rows: The batch's rows.
+        workspace: Bytes of work space.
+        work: Multiply-accumulates of one sample's forward pass.
     """
     if not len(rows.prediction):
         return []
@@ -58,15 +63,15 @@ def group_rows(rows: Rows, workspace: int) -> list[Group]:
     present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
     most = _most_samples(rows, workspace)
-    cuts = _cuts(counts.tolist(), most)
-    alone = len(sample) * (FORWARD + BACKWARD) + LAUNCH
-    if int(counts[0]) > most or _cost(counts.tolist(), cuts) > alone:
+    launch = LAUNCH_WORK / max(1, work)
+    cuts, cost = _cuts(counts.tolist(), launch)
+    if int(counts[0]) > most or cost > len(sample) * (FORWARD + BACKWARD) + launch:
         return _single_rows(rows, workspace)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     place = rank.repeat_interleave(counts[rank])
     groups = []
-    for start, stop in zip([0, *cuts], [*cuts, len(counts)], strict=True):
+    for start, stop in _pieces(counts.tolist(), cuts, most):
         mine = (place >= start) & (place < stop)
         groups.append(
             Group(
@@ -97,7 +102,7 @@ def _enumerate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 def _single_rows(rows: Rows, workspace: int) -> list[Group]:
     everything = torch.arange(len(rows.prediction), device=rows.prediction.device)
-    size = min(max(SMALLEST, rows.shape[0]), _most_samples(rows, workspace))
+    size = min(rows.shape[0], _most_samples(rows, workspace))
     return [
         Group(
             rows,
@@ -114,20 +119,34 @@ def _most_samples(rows: Rows, workspace: int) -> int:
     return max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
 
 
-def _cuts(counts: list[int], most: int) -> list[int]:
-    """Return where to cut samples that are sorted by falling counts.
+def _cuts(counts: list[int], launch: float) -> tuple[list[int], float]:
+    """Return the cheapest places to cut samples sorted by falling counts, and what that costs.
 
-    That is at a change of count, once a group is large enough.
+    Cuts lie where the count changes; ``best[i]`` is the least cost of the samples up to i.
     """
-    cuts, start = [], 0
-    for i in range(1, len(counts)):
-        large = i - start >= SMALLEST and len(counts) - i >= SMALLEST // 2
-        if (counts[i] < counts[i - 1] and large) or (i - start + 1) * counts[start] > most:
-            cuts.append(i)
-            start = i
-    return cuts
+    bounds = [i for i in range(1, len(counts)) if counts[i] < counts[i - 1]] + [len(counts)]
+    best, before = {0: 0.0}, {0: 0}
+    for stop in bounds:
+        best[stop], before[stop] = min(
+            (cost + launch + _group_cost(stop - start, counts[start], launch), start)
+            for start, cost in best.items()
+        )
+    cuts: list[int] = []
+    at = len(counts)
+    while before[at]:
+        at = before[at]
+        cuts.insert(0, at)
+    return cuts, best[len(counts)]
 
 
-def _cost(counts: list[int], cuts: list[int]) -> float:
-    bounds = zip([0, *cuts], [*cuts, len(counts)], strict=True)
-    return sum((b - a) * FORWARD + counts[a] * ((b - a) * BACKWARD + LAUNCH) for a, b in bounds)
+def _group_cost(samples: int, passes: int, launch: float) -> float:
+    return samples * FORWARD + passes * (samples * BACKWARD + launch)
+
+
+def _pieces(counts: list[int], cuts: list[int], most: int) -> list[tuple[int, int]]:
+    """Return the groups' bounds, cut further where samples times passes exceed ``most``."""
+    pieces = []
+    for start, stop in zip([0, *cuts], [*cuts, len(counts)], strict=True):
+        step = max(1, most // counts[start])
+        pieces += [(i, min(i + step, stop)) for i in range(start, stop, step)]
+    return pieces

@@ -25,7 +25,7 @@ class Uses:
         layouts: For each call, where it keeps the samples, or None if that is unknown.
         names: The parameters wanted; those with a call of unknown layout are left out.
         samples: N.
-        workspace: Bytes of work space for each rule.
+        workspace: Bytes of work space, shared out among the rules.
 
     Attributes:
         names: The parameters covered.
@@ -54,8 +54,9 @@ class Uses:
         self.names = set(parts)
         self.indices = sorted({i for uses in parts.values() for i, _ in uses})
         self._edges = [calls[i].edge for i in self.indices]
+        share = workspace // max(1, len(self.indices))
         self._rules = {
-            i: calls[i].rule(calls[i].arguments, samples, layout, workspace)
+            i: calls[i].rule(calls[i].arguments, samples, layout, share)
             for i in self.indices
             if (layout := layouts[i]) is not None
         }

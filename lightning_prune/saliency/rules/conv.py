@@ -64,7 +64,7 @@ class Conv(Rule):
         places = math.prod(self.image().shape[2:]) * self.folded
         columns: int = places * self.image().shape[1] * math.prod(self.kernel)
         columns *= parameter.element_size()
-        room = min(COLUMN_BYTES, self.workspace // 4)
+        room = min(COLUMN_BYTES, self.workspace)
         return max(1, min(super().chunk(parameter), room // max(1, columns)))
 
     def image(self) -> Tensor:
@@ -83,10 +83,10 @@ class Conv(Rule):
         return in_score_precision(value[start * self.folded : stop * self.folded])
 
     def _cached_columns(self, rows: slice, places: tuple[int, ...]) -> Tensor:
-        """Unfold the input once for all directions where all of it stays in the cache."""
+        """Unfold the input once for all directions where that fits the workspace."""
         image = self.arguments["input"]
         size = len(image) * image.shape[1] * math.prod(self.kernel) * math.prod(places) * 4
-        if size > min(COLUMN_BYTES, self.workspace // 4):
+        if size > self.workspace // 2:
             return self._unfold(self._rows(image, rows), places)
         if self._columns is None:
             self._columns = self._unfold(in_score_precision(image), places)
