@@ -312,7 +312,7 @@ class Engine:
         else:
             logits = given.detach()
         rows = self._rows(logits, batch)
-        for i, group in enumerate(group_rows(rows, self.workspace, self._plans.latest.work)):
+        for i, group in enumerate(group_rows(rows, self.workspace, self._plans.latest.launch)):
             part = take_samples(batch, group.samples)
             with Capture(self.parameters) as capture:
                 found = self._run(part)
@@ -333,7 +333,9 @@ class Engine:
     ) -> None:
         """Backpropagate rows (K, N, ...) and hand the gradients to the rules."""
         plan = self._plans.settle(batch, capture, logits)
-        uses = Uses(capture.calls, plan.layouts, plan.closed, len(logits), self.workspace)
+        uses = Uses(
+            capture.calls, plan.layouts, plan.closed, len(logits), self.workspace, len(rows)
+        )
         for k in range(len(rows) if uses.indices else 0):
             more = k + 1 < len(rows)
             found = backpropagate(logits, uses.edges, rows[k], keep=more)

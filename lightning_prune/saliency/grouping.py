@@ -17,9 +17,6 @@ from lightning_prune.saliency.rows import Rows
 FORWARD, BACKWARD = 1.0, 2.0
 """Costs of a sample forward and of a row backward; the unit is one sample's forward pass."""
 
-LAUNCH_WORK = 4_000_000
-"""What starting a pass costs, in multiply-accumulates."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -47,7 +44,7 @@ class Group:
         return out
 
 
-def group_rows(rows: Rows, workspace: int, work: int) -> list[Group]:
+def group_rows(rows: Rows, workspace: int, launch: float) -> list[Group]:
     """Cut the rows of a batch into groups.
 
     The gradients of the outputs of one group take at most a quarter of the workspace.
@@ -55,7 +52,7 @@ def group_rows(rows: Rows, workspace: int, work: int) -> list[Group]:
     Args:
         rows: The batch's rows.
         workspace: Bytes of work space.
-        work: Multiply-accumulates of one sample's forward pass.
+        launch: What starting a pass costs; the unit is one sample's forward pass.
     """
     if not len(rows.prediction):
         return []
@@ -63,7 +60,6 @@ def group_rows(rows: Rows, workspace: int, work: int) -> list[Group]:
     present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
     most = _most_samples(rows, workspace)
-    launch = LAUNCH_WORK / max(1, work)
     cuts, cost = _cuts(counts.tolist(), launch)
     if int(counts[0]) > most or cost > len(sample) * (FORWARD + BACKWARD) + launch:
         return _single_rows(rows, workspace)

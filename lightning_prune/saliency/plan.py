@@ -14,6 +14,9 @@ from lightning_prune.saliency.registry import Layout
 
 PROBE_SAMPLES = 2
 
+LAUNCH_WORK = 1_500_000
+"""What a call's fixed costs are worth in multiply-accumulates."""
+
 TRIES = 4
 """On how many more batches a closed form is tried whose gradients were all zero so far."""
 
@@ -48,6 +51,11 @@ class Plan:
     work: int = 0
     head: bool = False
     tries: int = 0
+
+    @property
+    def launch(self) -> float:
+        """What starting a pass costs, in forward passes of one sample."""
+        return LAUNCH_WORK * len(self.layouts) / max(1, self.work)
 
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
         """Tell whether every call holds as many positions a sample as when the plan was made.

@@ -53,6 +53,9 @@ class Rule(ABC):
         samples: N, how many samples the batch holds.
         layout: Where inputs and output keep the samples.
         workspace: Bytes that the rule may use beside its inputs.
+
+    Attributes:
+        reused: Whether more than one direction is to come, so that keeping things pays.
     """
 
     signature: ClassVar[tuple[str, ...]]
@@ -74,6 +77,7 @@ class Rule(ABC):
         self.samples = samples
         self.layout = layout
         self.workspace = workspace
+        self.reused = True
 
     @classmethod
     def accepts(cls, arguments: Mapping[str, Any]) -> bool:

@@ -26,6 +26,7 @@ class Uses:
         names: The parameters wanted; those with a call of unknown layout are left out.
         samples: N.
         workspace: Bytes of work space, shared out among the rules.
+        directions: How many directions are to come.
 
     Attributes:
         names: The parameters covered.
@@ -39,6 +40,7 @@ class Uses:
         names: Collection[str],
         samples: int,
         workspace: int,
+        directions: int = 1,
     ) -> None:
         unknown = {
             name
@@ -60,6 +62,8 @@ class Uses:
             for i in self.indices
             if (layout := layouts[i]) is not None
         }
+        for rule in self._rules.values():
+            rule.reused = directions > 1
         self._several = {name: uses for name, uses in parts.items() if len(uses) > 1}
         self._single: dict[int, dict[str, str]] = {}
         for name, uses in parts.items():

@@ -86,7 +86,7 @@ class Conv(Rule):
         """Unfold the input once for all directions where that fits the workspace."""
         image = self.arguments["input"]
         size = len(image) * image.shape[1] * math.prod(self.kernel) * math.prod(places) * 4
-        if size > self.workspace // 2:
+        if not self.reused or size > self.workspace // 2:
             return self._unfold(self._rows(image, rows), places)
         if self._columns is None:
             self._columns = self._unfold(in_score_precision(image), places)
