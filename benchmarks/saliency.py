@@ -15,6 +15,7 @@ a process of its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -117,13 +118,14 @@ def backpack(model: nn.Module, inputs: list[Tensor]) -> tuple[Callable[[], Any],
     from backpack import extend  # noqa: PLC0415  (likewise)
     from backpack.extensions import DiagGGNExact, SumGradSquared  # noqa: PLC0415  (likewise)
 
-    model, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+    # Extended modules keep their hooks, which the other methods must not pay for.
+    model, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss(reduction="sum"))
 
     def squares() -> None:
         for x in inputs:
             p = model(x).softmax(-1)
             for c in range(p.shape[1]):
-                with extensions(SumGradSquared()):
+                with extensions(SumGradSquared(), retain_graph=True):
                     p[:, c].sum().backward(retain_graph=True)
 
     def fisher() -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from lightning_prune.saliency.signs import RandomSigns, random_rows
 from lightning_prune.saliency.target import (
     Likelihood,
     Target,
+    alike,
     check_finite,
     check_labels,
     check_target,
@@ -53,10 +54,7 @@ WORKSPACE = 256 * 2**20
 """Default work space in bytes beyond the model, its activations and the scores."""
 
 ROUND_OFF = 0.5
-"""The part of the dtype's epsilon that is the share of energy left out at tolerance 0.
-
-Half an epsilon is the unit round-off: one rounding of the largest scores.
-"""
+"""At tolerance 0 the share of energy left out is this part of epsilon: the unit round-off."""
 
 SELECTION_WORK = 50_000
 """Multiply-accumulates a row from which on choosing rows costs less than taking all of them."""
@@ -312,12 +310,14 @@ class Engine:
         else:
             logits = given.detach()
         rows = self._rows(logits, batch)
-        for i, group in enumerate(group_rows(rows, self.workspace, self._plans.latest.launch)):
+        plan = self._plans.latest
+        groups = group_rows(rows, self.workspace, plan.launch, plan.width)
+        for i, group in enumerate(groups):
             part = take_samples(batch, group.samples)
             with Capture(self.parameters) as capture:
                 found = self._run(part)
             capture.close()
-            if i == 0 and given is not None and not _alike(found, logits[group.samples]):
+            if i == 0 and given is not None and not alike(found, logits[group.samples]):
                 # What was given is not this batch's output; nothing has been added by it yet.
                 return self._add_chosen_rows(batch, totals, None)
             self._backward(part, capture, found, group.gradients(found), totals)
@@ -346,10 +346,3 @@ class Engine:
             self._plans.reached |= generic.add_squared_gradients(
                 self._run, batch, rows, logits, others, totals
             )
-
-
-def _alike(found: Tensor, given: Tensor) -> bool:
-    """Tell whether two computations of the same logits agree as far as their precision goes."""
-    loose = 1e-6 if given.dtype == torch.float64 else 1e-3
-    scale = float(found.detach().abs().amax()) + 1e-6
-    return found.shape == given.shape and bool((found - given).abs().amax() <= loose * scale)

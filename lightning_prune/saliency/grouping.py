@@ -44,7 +44,7 @@ class Group:
         return out
 
 
-def group_rows(rows: Rows, workspace: int, launch: float) -> list[Group]:
+def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Group]:
     """Cut the rows of a batch into groups.
 
     The gradients of the outputs of one group take at most a quarter of the workspace.
@@ -53,21 +53,24 @@ def group_rows(rows: Rows, workspace: int, launch: float) -> list[Group]:
         rows: The batch's rows.
         workspace: Bytes of work space.
         launch: What starting a pass costs; the unit is one sample's forward pass.
+        width: Bytes that the output gradients of all captured calls take for one sample; those of
+            one group take at most half of the workspace.
     """
     if not len(rows.prediction):
         return []
     by_sample, sample, within = _enumerate(rows)
     present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
-    most = _most_samples(rows, workspace)
+    most = max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
+    room = max(1, workspace // (2 * max(1, width)))
     cuts, cost = _cuts(counts.tolist(), launch)
     if int(counts[0]) > most or cost > len(sample) * (FORWARD + BACKWARD) + launch:
-        return _single_rows(rows, workspace)
+        return _single_rows(rows, min(rows.shape[0], most, room))
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     place = rank.repeat_interleave(counts[rank])
     groups = []
-    for start, stop in _pieces(counts.tolist(), cuts, most):
+    for start, stop in _pieces(counts.tolist(), cuts, most, room):
         mine = (place >= start) & (place < stop)
         groups.append(
             Group(
@@ -96,9 +99,8 @@ def _enumerate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return by_sample, sample, within
 
 
-def _single_rows(rows: Rows, workspace: int) -> list[Group]:
+def _single_rows(rows: Rows, size: int) -> list[Group]:
     everything = torch.arange(len(rows.prediction), device=rows.prediction.device)
-    size = min(rows.shape[0], _most_samples(rows, workspace))
     return [
         Group(
             rows,
@@ -109,10 +111,6 @@ def _single_rows(rows: Rows, workspace: int) -> list[Group]:
         )
         for part in torch.split(everything, size)
     ]
-
-
-def _most_samples(rows: Rows, workspace: int) -> int:
-    return max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
 
 
 def _cuts(counts: list[int], launch: float) -> tuple[list[int], float]:
@@ -139,10 +137,10 @@ def _group_cost(samples: int, passes: int, launch: float) -> float:
     return samples * FORWARD + passes * (samples * BACKWARD + launch)
 
 
-def _pieces(counts: list[int], cuts: list[int], most: int) -> list[tuple[int, int]]:
-    """Return the groups' bounds, cut further where samples times passes exceed ``most``."""
+def _pieces(counts: list[int], cuts: list[int], most: int, room: int) -> list[tuple[int, int]]:
+    """Return the groups' bounds: ``room`` samples, ``most`` samples times passes at the most."""
     pieces = []
     for start, stop in zip([0, *cuts], [*cuts, len(counts)], strict=True):
-        step = max(1, most // counts[start])
+        step = max(1, min(room, most // counts[start]))
         pieces += [(i, min(i + step, stop)) for i in range(start, stop, step)]
     return pieces

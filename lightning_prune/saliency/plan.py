@@ -53,6 +53,11 @@ class Plan:
     tries: int = 0
 
     @property
+    def width(self) -> int:
+        """Bytes of the output gradients of all calls for one sample, in float32."""
+        return 4 * sum(shape.numel() for shape in self.shapes) // PROBE_SAMPLES
+
+    @property
     def launch(self) -> float:
         """What starting a pass costs, in forward passes of one sample."""
         return LAUNCH_WORK * len(self.layouts) / max(1, self.work)
