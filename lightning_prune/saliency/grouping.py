@@ -54,7 +54,8 @@ def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Gr
         workspace: Bytes of work space.
         launch: What starting a pass costs; the unit is one sample's forward pass.
         width: Bytes that the output gradients of all captured calls take for one sample; those of
-            one group take at most half of the workspace.
+            one group take at most a quarter of the workspace, which leaves room for what autograd
+            holds between them.
     """
     if not len(rows.prediction):
         return []
@@ -62,7 +63,7 @@ def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Gr
     present, counts = torch.unique_consecutive(sample, return_counts=True)
     counts, order = counts.sort(descending=True, stable=True)
     most = max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
-    room = max(1, workspace // (2 * max(1, width)))
+    room = max(1, workspace // (4 * max(1, width)))
     cuts, cost = _cuts(counts.tolist(), launch)
     if int(counts[0]) > most or cost > len(sample) * (FORWARD + BACKWARD) + launch:
         return _single_rows(rows, min(rows.shape[0], most, room))

@@ -86,11 +86,12 @@ def squares_below(softmax: Softmax, weight: Tensor, target: Target, workspace: i
     weight_top = weight[softmax.top.squeeze(1)]
     mean_rest = small @ weight
     first = mean_rest if target == "fisher" else factor @ weight
-    mean = softmax.p_top * weight_top + mean_rest
-    squares = torch.zeros_like(mean)
+    mean = torch.addcmul(mean_rest, softmax.p_top, weight_top)
+    top = torch.addcmul(mean_rest, softmax.rest, weight_top, value=-1.0)
+    squares = (mean * first).mul_(-2.0)
     classes = max(1, workspace // (4 * weight.shape[1] * weight.element_size()))
     for f, w in zip(torch.split(factor, classes, 1), torch.split(weight, classes), strict=True):
         squares.addmm_(f, w.square())
-    squares.add_(mean * (factor.sum(1, keepdim=True) * mean - 2 * first))
-    squares.add_(top_factor * (softmax.rest * weight_top - mean_rest).square())
+    squares.addcmul_(factor.sum(1, keepdim=True), mean.square_())
+    squares.addcmul_(top_factor, top.square_())
     return squares.clamp_min_(0.0)
