@@ -10,7 +10,13 @@ The way of the data, room by room:
     callbacks   Lightning's hooks -> calls to the rooms above
 """
 
-from lightning_prune.callbacks import SaliencyPruningCallback, VAEAugmentCallback
+from lightning_prune.callbacks import (
+    Rewind,
+    SaliencyPruningCallback,
+    SparsityCheckpoint,
+    SparsityEarlyStopping,
+    VAEAugmentCallback,
+)
 from lightning_prune.masking import SparsityMetric, sparsity
 from lightning_prune.saliency import RandomSigns, SaliencyAccumulator, squared_gradients
 from lightning_prune.schedules import (
@@ -21,7 +27,7 @@ from lightning_prune.schedules import (
     OneShotSchedule,
     Schedule,
 )
-from lightning_prune.selection import Threshold
+from lightning_prune.selection import Selection, Threshold
 
 __all__ = [
     "ConstantRateSchedule",
@@ -30,9 +36,13 @@ __all__ = [
     "LinearSchedule",
     "OneShotSchedule",
     "RandomSigns",
+    "Rewind",
     "SaliencyAccumulator",
     "SaliencyPruningCallback",
     "Schedule",
+    "Selection",
+    "SparsityCheckpoint",
+    "SparsityEarlyStopping",
     "SparsityMetric",
     "Threshold",
     "VAEAugmentCallback",

@@ -1,6 +1,15 @@
 """The only room that knows Lightning: hooks in, calls to the other rooms out."""
 
+from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.callbacks.sparsity_checkpoint import SparsityCheckpoint
+from lightning_prune.callbacks.sparsity_stopping import SparsityEarlyStopping
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
 
-__all__ = ["SaliencyPruningCallback", "VAEAugmentCallback"]
+__all__ = [
+    "Rewind",
+    "SaliencyPruningCallback",
+    "SparsityCheckpoint",
+    "SparsityEarlyStopping",
+    "VAEAugmentCallback",
+]

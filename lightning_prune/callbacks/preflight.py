@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune._targets import Target
 from lightning_prune.augment.isolation import evaluating
+from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import find_prunable
 from lightning_prune.saliency import SaliencyAccumulator
 from lightning_prune.schedules import Schedule, planned_targets
-from lightning_prune.selection import Criterion
+from lightning_prune.selection import Criterion, Selection
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
@@ -48,13 +50,18 @@ def refuse_trainer(trainer: Any) -> None:
         )
 
 
-def check_setup(
+def check_setup(  # noqa: PLR0913  (all faults in one message)
     trainer: Trainer,
     module: nn.Module,
     *,
     schedule: Schedule,
+    clock: Clock,
     criterion: Criterion,
+    selection: Selection,
     names: list[str] | None,
+    exclude: list[str] | None,
+    rewind: Rewind | None,
+    own_loader: bool,
     taken: Collection[str],
     held: Mapping[str, Tensor],
 ) -> tuple[dict[str, nn.Parameter], dict[int, Target] | None]:
@@ -64,8 +71,13 @@ def check_setup(
         trainer: About to fit.
         module: The model.
         schedule: When how much is to be pruned.
+        clock: What the schedule counts.
         criterion: By what.
+        selection: In which pieces.
         names: Which parameters; ``None`` for the default.
+        exclude: Which not.
+        rewind: What is gone back to at an event.
+        own_loader: Whether the weights are scored on a loader of their own.
         taken: The parameters that another pruner of this Trainer prunes.
         held: Masks and scores from a checkpoint or an earlier fit.
 
@@ -76,9 +88,10 @@ def check_setup(
         PruningSetupError: They do not; the message lists every fault.
     """
     faults: list[str] = []
-    events = plan_events(trainer, schedule, faults)
-    if criterion.needs_scores:
-        faults += validation_faults(trainer, events, criterion.name)
+    events = plan_events(trainer, schedule, clock, faults)
+    if criterion.needs_scores and not own_loader:
+        faults += validation_faults(trainer, events, criterion.name, clock)
+    faults += _rewind_faults(rewind, events, clock)
     parameters: dict[str, nn.Parameter] = {}
     try:
         parameters = find_prunable(module, names).parameters
@@ -86,6 +99,12 @@ def check_setup(
         faults.append(str(error))
     else:
         faults += _fit_faults(held, parameters)
+        faults += selection.faults(parameters, (events or {}).values())
+    if selection.regrow > 0 and not criterion.needs_scores:
+        faults.append(
+            f"regrow={selection.regrow} compares weights by R, but criterion={criterion.name!r} "
+            "has no use for it and none is computed. Choose 'taylor' or 'saliency'."
+        )
     shared = [name for name in parameters if name in taken]
     if shared:
         faults.append(f"Two pruners of one Trainer share {shared}: give each its own `parameters`.")
@@ -95,16 +114,16 @@ def check_setup(
 
 
 def plan_events(
-    trainer: Trainer, schedule: Schedule, faults: list[str]
+    trainer: Trainer, schedule: Schedule, clock: Clock, faults: list[str]
 ) -> dict[int, Target] | None:
     """Return the events of the run, ``None`` if unknown; add what is wrong to ``faults``."""
-    epochs = trainer.max_epochs
-    if epochs is None or epochs < 0:  # the fit is limited by steps or time, or not at all
+    counts = clock.total(trainer)
+    if counts is None:  # nothing known limits the fit
         if schedule.last_epoch is None:
             return None
-        epochs = schedule.last_epoch + 1
+        counts = schedule.last_epoch + 1
     try:
-        return planned_targets(schedule, range(epochs))
+        return planned_targets(schedule, range(counts))
     except ValueError as error:
         faults.append(str(error))
         return None
@@ -124,7 +143,7 @@ def _fit_faults(held: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
 
 
 def validation_faults(
-    trainer: Trainer, events: dict[int, Target] | None, criterion: str
+    trainer: Trainer, events: dict[int, Target] | None, criterion: str, clock: Clock
 ) -> list[str]:
     """Say which events would wait in vain for a validation to score.
 
@@ -132,6 +151,7 @@ def validation_faults(
         trainer: At fit start.
         events: Epoch -> target, ``None`` if unknown.
         criterion: The name of a criterion that needs scores.
+        clock: What the schedule counts; rounds of steps use the last validation, whenever it was.
     """
     if events is not None and not events:
         return []
@@ -145,7 +165,7 @@ def validation_faults(
         return [f"criterion={criterion!r} is scored on the validation batches, {what}. {way_out}"]
     every = trainer.check_val_every_n_epoch or 1
     unseen = [epoch for epoch in events or {} if (epoch + 1) % every]
-    if not unseen:
+    if not unseen or clock.steps is not None:
         return []
     return [
         f"criterion={criterion!r} is scored in the validation of an event's epoch, but with "
@@ -155,15 +175,28 @@ def validation_faults(
     ]
 
 
-def warn_if_cut_short(trainer: Trainer, schedule: Schedule) -> None:
+def _rewind_faults(
+    rewind: Rewind | None, events: dict[int, Target] | None, clock: Clock
+) -> list[str]:
+    """Say if the first event comes before there is anything to go back to."""
+    if rewind is None or not events or clock.steps is not None or min(events) >= rewind.epoch:
+        return []
+    return [
+        f"{rewind} goes back to the start of epoch {rewind.epoch}, but the first event is that of "
+        f"epoch {min(events)}, before it. Rewind to epoch {min(events)} or earlier."
+    ]
+
+
+def warn_if_cut_short(trainer: Trainer, schedule: Schedule, clock: Clock) -> None:
     """Warn when the fit ends before the schedule does."""
-    last, epochs = schedule.last_epoch, trainer.max_epochs
-    if last is None or epochs is None or getattr(trainer, "fast_dev_run", False):
+    last, total, unit = schedule.last_epoch, clock.total(trainer), clock.unit
+    if last is None or total is None or getattr(trainer, "fast_dev_run", False):
         return
-    if 0 < epochs <= last:
+    if 0 < total <= last:
+        limit = f"max_epochs={total}" if clock.steps is None else f"max_steps={trainer.max_steps}"
         rank_zero_warn(
-            f"The pruning schedule has targets up to epoch {last}, but the fit ends after epoch "
-            f"{epochs - 1} (max_epochs={epochs}): the last targets will not be reached."
+            f"The pruning schedule has targets up to {unit} {last}, but the fit ends after {unit} "
+            f"{total - 1} ({limit}): the last targets will not be reached."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a pruner remembers: the event it has to carry out, the records of those it has, the masks.
+"""What a pruner remembers: the event to carry out, records of past ones, masks, a way back.
 
 Enters and leaves: these, and the same packed for a checkpoint: plain tensors and containers, masks
 at one bit a weight.
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_prune._targets import Target, Threshold
 from lightning_prune._types import Masks, Scores
+from lightning_prune.callbacks.scoring import ScoringResult
 from lightning_prune.masking import density, pack_masks, sparsity, unpack_masks
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class PendingEvent:
     """A target that is decided on but not yet carried out.
 
     Args:
-        epoch: The epoch whose target it is.
+        count: The epoch, or round of steps, whose target it is.
+        epoch: The epoch in which it was decided.
         target: What is asked for.
         scores: R; empty if the criterion needs none.
         samples: How many samples R is summed over.
@@ -32,6 +34,7 @@ class PendingEvent:
         seconds: The time scoring took.
     """
 
+    count: int
     epoch: int
     target: Target
     scores: Scores = field(default_factory=dict)
@@ -44,7 +47,8 @@ class PruningRecord(TypedDict):
     """One pruning event.
 
     Attributes:
-        epoch: The epoch whose target this was, counted from 0.
+        epoch: The epoch in which this was decided, counted from 0: the one whose target it was.
+        step: The optimizer steps done when the masks came in force.
         target: What was asked for.
         sparsity: The share of all prunable weights removed from now on.
         kept: Their number that is left.
@@ -58,6 +62,7 @@ class PruningRecord(TypedDict):
     """
 
     epoch: int
+    step: int
     target: Target
     sparsity: float
     kept: int
@@ -70,7 +75,7 @@ class PruningRecord(TypedDict):
 
 
 def make_record(
-    event: PendingEvent, scores: Scores, *, before: Masks, after: Masks, seconds: float
+    event: PendingEvent, scores: Scores, *, before: Masks, after: Masks, step: int, seconds: float
 ) -> PruningRecord:
     """Return the record of an event that has been carried out.
 
@@ -79,10 +84,12 @@ def make_record(
         scores: The criterion's scores, by which it was decided.
         before: The masks until then; a parameter without one is complete.
         after: The masks from now on.
+        step: The optimizer steps done so far.
         seconds: The time that selection took, beside scoring.
     """
     return PruningRecord(
         epoch=event.epoch,
+        step=step,
         target=event.target,
         sparsity=sparsity(after),
         kept=sum(int(mask.sum()) for mask in after.values()),
@@ -95,38 +102,70 @@ def make_record(
     )
 
 
-def pack(
-    masks: Masks, history: list[PruningRecord], pending: PendingEvent | None, next_epoch: int
-) -> dict[str, Any]:
-    """Return a state that ``torch.load(weights_only=True)`` reads; scores only while pending."""
-    waiting = None
-    if pending is not None:
-        scores = {name: score.cpu() for name, score in pending.scores.items()}
-        waiting = {**vars(pending), "target": _plain(pending.target), "scores": scores}
-    return {
-        "version": VERSION,
-        "masks": pack_masks(masks),
-        "history": [{**record, "target": _plain(record["target"])} for record in history],
-        "pending": waiting,
-        "next_epoch": next_epoch,
-    }
+@dataclass
+class PruningState:
+    """All that a resumed run has to know.
 
-
-def unpack(state: Mapping[str, Any]) -> tuple[Masks, list[PruningRecord], PendingEvent | None, int]:
-    """Return the masks, history, pending event and next epoch of a packed state.
-
-    Raises:
-        ValueError: The state was written by another version of its format.
+    Attributes:
+        masks: The masks in force.
+        history: The events so far.
+        pending: An event that is decided on and waits.
+        next_count: The targets of all earlier epochs, or rounds, are dealt with.
+        snapshot: What a :class:`~lightning_prune.Rewind` goes back to.
+        latest: The scores of the last validation, where rounds of steps are decided by them.
     """
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"Expected a pruning state of version {VERSION}, but the checkpoint has version "
-            f"{state.get('version')!r}. Load it with the release of lightning_prune that wrote it."
+
+    masks: Masks = field(default_factory=dict)
+    history: list[PruningRecord] = field(default_factory=list)
+    pending: PendingEvent | None = None
+    next_count: int = 0
+    snapshot: dict[str, Any] | None = None
+    latest: ScoringResult | None = None
+
+    def pack(self) -> dict[str, Any]:
+        """Return a state that ``torch.load(weights_only=True)`` reads.
+
+        Scores are in it only while they wait for something.
+        """
+        waiting = None
+        if self.pending is not None:
+            waiting = {**_on_cpu(self.pending), "target": _plain(self.pending.target)}
+        return {
+            "version": VERSION,
+            "masks": pack_masks(self.masks),
+            "history": [{**record, "target": _plain(record["target"])} for record in self.history],
+            "pending": waiting,
+            "next_count": self.next_count,
+            "snapshot": self.snapshot,
+            "latest": None if self.latest is None else _on_cpu(self.latest),
+        }
+
+    @classmethod
+    def unpack(cls, state: Mapping[str, Any]) -> PruningState:
+        """Return what was packed.
+
+        Raises:
+            ValueError: The state was written by another version of its format.
+        """
+        if state.get("version") != VERSION:
+            raise ValueError(
+                f"Expected a pruning state of version {VERSION}, but the checkpoint has version "
+                f"{state.get('version')!r}. Load it with the release of lightning_prune that wrote "
+                "it."
+            )
+        waiting, latest = state["pending"], state["latest"]
+        return cls(
+            masks=unpack_masks(state["masks"]),
+            history=[_record(record) for record in state["history"]],
+            pending=waiting and PendingEvent(**{**waiting, "target": _target(waiting["target"])}),
+            next_count=state["next_count"],
+            snapshot=state["snapshot"],
+            latest=latest and ScoringResult(**latest),
         )
-    history = [_record(record) for record in state["history"]]
-    waiting = state["pending"]
-    pending = waiting and PendingEvent(**{**waiting, "target": _target(waiting["target"])})
-    return unpack_masks(state["masks"]), history, pending, state["next_epoch"]
+
+
+def _on_cpu(value: PendingEvent | ScoringResult) -> dict[str, Any]:
+    return {**vars(value), "scores": {name: s.cpu() for name, s in value.scores.items()}}
 
 
 def held(masks: Masks, pending: PendingEvent | None) -> dict[str, Tensor]:

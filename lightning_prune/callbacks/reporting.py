@@ -57,19 +57,34 @@ def event_line(record: PruningRecord) -> str:
     )
 
 
-def already_line(epoch: int, target: Target, sparsity: float) -> str:
+def already_line(unit: str, count: int, target: Target, sparsity: float) -> str:
     """Say why a target makes no event."""
     return (
-        f"Epoch {epoch}: nothing to prune, {describe_target(target)} is asked for and "
-        f"{100 * sparsity:.1f} % are removed already."
+        f"{unit.capitalize()} {count}: nothing to prune, {describe_target(target)} is asked for "
+        f"and {100 * sparsity:.1f} % are removed already."
     )
 
 
-def missed_line(missed: Iterable[int]) -> str:
+def guarded_line(epoch: int, guarded: Iterable[str], density: Mapping[str, float]) -> str:
+    """Say which parameters were kept from losing all, or more than they may.
+
+    Example:
+        >>> guarded_line(2, ["fc.weight"], {"fc.weight": 0.01})
+        'Epoch 2: fc.weight would have lost too much; the guard against collapse left it 1.0 %.'
+    """
+    left = [f"{100 * density[name]:.1f} %" for name in guarded]
+    it = "it" if len(left) == 1 else "them"
+    return (
+        f"Epoch {epoch}: {', '.join(guarded)} would have lost too much; the guard against collapse "
+        f"left {it} {', '.join(left)}."
+    )
+
+
+def missed_line(unit: str, missed: Iterable[int]) -> str:
     """Say why targets that were due have made no event."""
     return (
-        f"The pruning targets of epochs {list(missed)} were not reached: no validation has run in "
-        "these epochs, nor after them, to score the weights in."
+        f"The pruning targets of {unit}s {list(missed)} were not reached: no validation has run in "
+        f"these {unit}s, nor after them, to score the weights in."
     )
 
 
@@ -187,6 +202,7 @@ def _spread(score: Tensor) -> Tensor:
 
 _EXAMPLE = PruningRecord(
     epoch=2,
+    step=300,
     target=0.5,
     sparsity=0.5,
     kept=500,

@@ -15,11 +15,15 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
+from lightning_prune.callbacks.resumption import validation_batches
+from lightning_prune.callbacks.shards import Shard, validation_loaders
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.saliency import Likelihood, SaliencyAccumulator, Target, unwrap_logits
+from lightning_prune.saliency.parameters import check_scores
 
 
 @runtime_checkable
@@ -118,9 +122,13 @@ class ScoringPass:
 
     def __init__(self, module: nn.Module, names: list[str], options: ScoringOptions) -> None:
         self._accumulator = options.accumulator(module, names)
+        self._accumulator.distributed_available_fn = _alone  # the sums are reduced in `finish`
         self._seconds = 0.0
         self._outputs: list[Any] = []
         self._hook = None if options.forward else module.register_forward_hook(self._see)
+        self._shard: Shard | None = None
+        self._seen: set[tuple[int, int]] = set()
+        self._scored_here = False
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Remember what the validation step has computed already."""
@@ -132,13 +140,47 @@ class ScoringPass:
             self._hook.remove()
             self._hook = None
 
-    def add(self, batch: Any) -> None:
-        """Score one batch; the output of the step that just ran on it saves a forward pass."""
+    def add(
+        self,
+        batch: Any,
+        trainer: Trainer | None = None,
+        dataloader_idx: int = 0,
+        batch_idx: int | None = None,
+    ) -> None:
+        """Score one batch; the output of the step that just ran on it saves a forward pass.
+
+        Args:
+            batch: N samples.
+            trainer: Whose validation it is from: samples that a distributed sampler repeats to
+                make shards even are left out. ``None`` scores the batch as it is.
+            dataloader_idx: Which of its loaders it is from.
+            batch_idx: Its number there. A batch that was added before is left out.
+        """
         start = time.perf_counter()
         outputs, self._outputs = self._outputs, []
-        self._accumulator.update(batch, _logits(outputs))
+        if batch_idx is not None:
+            if (dataloader_idx, batch_idx) in self._seen:
+                return
+            self._seen.add((dataloader_idx, batch_idx))
+        logits = _logits(outputs)
+        if trainer is not None:
+            self._shard = self._shard or Shard(validation_loaders(trainer))
+            batch, logits = self._shard.cut(batch, logits, dataloader_idx)
+        if batch is not None:
+            self._accumulator.update(batch, logits)
+            self._scored_here = True
         self._outputs.clear()  # the scoring pass runs the model, too
         self._seconds += time.perf_counter() - start
+
+    def complete(self, trainer: Trainer) -> None:
+        """Score the batches of the fit's validation that have not been added.
+
+        For runs that were resumed in the middle of a validation: Lightning goes on with the next
+        epoch, or sees the first batches only.
+        """
+        with isolate_rng():  # to iterate a loader draws a seed
+            for batch, batch_idx, dataloader_idx in validation_batches(trainer):
+                self.add(batch, trainer, dataloader_idx, batch_idx)
 
     def add_generated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score what other callbacks put beside the real samples seen so far."""
@@ -149,16 +191,80 @@ class ScoringPass:
                     self.add(batch)
 
     def finish(self, trainer: Trainer) -> ScoringResult | None:
-        """Sum over all processes; ``None`` if nothing was scored anywhere."""
+        """Sum over all processes; ``None`` if nothing was scored anywhere.
+
+        All processes get the same bits, and so come to the same masks.
+
+        Raises:
+            SaliencyError: A parameter never had a gradient path to the output.
+            NonFiniteScoresError: A score is not finite.
+        """
         self.close()
         start = time.perf_counter()
-        local = torch.tensor(self._accumulator.samples, device=trainer.strategy.root_device)
-        samples = int(trainer.strategy.reduce(local, reduce_op="sum"))
+        mine = self._accumulator
+        counts = torch.stack([mine.samples_seen, mine.energy, mine.dropped])
+        samples, energy, dropped = _sum(trainer, counts).tolist()
         if not samples:
             return None
-        scores = self._accumulator.compute()
+        # A small set has no sample for the last of many processes.
+        local = mine.compute() if self._scored_here else mine.sums
+        scores = {name: _sum(trainer, total) for name, total in local.items()}
+        check_scores(scores)
         seconds = self._seconds + time.perf_counter() - start
-        return ScoringResult(scores, samples, self._accumulator.dropped_energy, seconds)
+        return ScoringResult(scores, int(samples), dropped / energy if energy else 0.0, seconds)
+
+    # ------------------------------------------------------------------ a checkpoint in the middle
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the sums so far in plain tensors and containers, for :meth:`load_state`.
+
+        ``None`` where several processes score: a checkpoint holds what one of them knows. The
+        resumed run then scores all batches anew, see :meth:`complete`.
+        """
+        if _is_distributed():
+            return None
+        mine = self._accumulator
+        return {
+            "sums": {name: total.detach().cpu().clone() for name, total in mine.sums.items()},
+            "counts": [float(mine.samples_seen), float(mine.energy), float(mine.dropped)],
+            "seen": sorted(self._seen),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`: same model, same weights, same validation batches.
+
+        Does nothing where several processes score: the sums are those of a single one.
+        """
+        if _is_distributed():
+            return
+        mine = self._accumulator
+        for name, total in mine.sums.items():
+            total.copy_(state["sums"][name])
+        for tensor, value in zip(
+            (mine.samples_seen, mine.energy, mine.dropped), state["counts"], strict=True
+        ):
+            tensor.fill_(value)
+        self._seen = {(dataloader_idx, batch_idx) for dataloader_idx, batch_idx in state["seen"]}
+
+
+def _sum(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Return the sum over all processes, which may overwrite ``tensor``: the pass is over."""
+    if trainer.world_size == 1:
+        return tensor
+    # NCCL reduces nothing but what is on the device.
+    summed: Tensor = trainer.strategy.reduce(
+        tensor.to(trainer.strategy.root_device).contiguous(), reduce_op="sum"
+    )
+    return summed.to(tensor.device)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _alone() -> bool:
+    """Tell torchmetrics that there is nobody to gather from: its way costs a copy a process."""
+    return False
 
 
 def _logits(outputs: list[Any]) -> Tensor | None:

@@ -107,9 +107,8 @@ class Capture(TorchFunctionMode):
         rule = lookup(func)
         if rule is not None and "weight" in rule.signature and isinstance(output, Tensor):
             place = rule.signature.index("weight")
-            self.work += [
-                output.numel() * w.shape[1:].numel() for w in args[place : place + 1] if _is_matrix(w)
-            ]
+            weights = args[place : place + 1]
+            self.work += [output.numel() * w.shape[1:].numel() for w in weights if _is_matrix(w)]
         if used and _carries_gradient(output):
             self._record(func, args, kwargs, output, used)
         return output

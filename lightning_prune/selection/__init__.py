@@ -7,6 +7,7 @@ leaves: masks, ``True`` where a weight is kept.
 
 from __future__ import annotations
 
+from lightning_prune.selection.choice import Selected, Selection
 from lightning_prune.selection.criteria import CRITERIA, Criterion, resolve_criterion
 from lightning_prune.selection.sparsity import keep_largest
 from lightning_prune.selection.targets import keep_by_target
@@ -15,6 +16,8 @@ from lightning_prune.selection.threshold import Threshold, keep_above
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "Selected",
+    "Selection",
     "Threshold",
     "keep_above",
     "keep_by_target",

@@ -49,6 +49,27 @@ def check_masks(masks: Masks | None, scores: Scores) -> None:
         check_shape(name, mask, scores[name])
 
 
+def check_saliency(saliency: Scores | None, scores: Scores) -> Scores:
+    """Return R for exactly the weights that are scored, in their order.
+
+    Raises:
+        ValueError: There is none, parameters are missing, or a shape is not the score's.
+        NonFiniteScoresError: R is NaN or infinite; the message names the parameters.
+    """
+    missing = [name for name in scores if saliency is None or name not in saliency]
+    if saliency is None or missing:
+        raise ValueError(
+            "Expected argument `saliency` to hold R of every weight, removed ones included, for "
+            f"regrowth, but it is missing for {', '.join(map(repr, missing))}. Score with "
+            "squared_gradients, or leave `regrow` at 0."
+        )
+    for name, score in scores.items():
+        check_shape(name, saliency[name], score)
+    found = {name: saliency[name].detach() for name in scores}
+    check_scores(found)
+    return found
+
+
 def check_shape(name: str, tensor: Any, like: Tensor) -> None:
     """Refuse ``tensor`` unless it is a tensor with the shape of ``like``.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lightning_prune._targets import Threshold, target_fault
 from lightning_prune._types import Masks, Scores
 from lightning_prune.selection.checks import check_masks, check_scores
+from lightning_prune.selection.ranking import ranking_keys, smallest, split_like
 
 
 def keep_largest(scores: Scores, sparsity: float, *, masks: Masks | None = None) -> Masks:
@@ -43,35 +43,6 @@ def keep_largest(scores: Scores, sparsity: float, *, masks: Masks | None = None)
     check_masks(masks, scores)
     if isinstance(sparsity, Threshold) or target_fault(sparsity) is not None:
         raise ValueError(f"Expected argument `sparsity` to be in [0, 1), but got {sparsity!r}.")
-    keys = _ranking_keys(scores, masks or {})
+    keys = ranking_keys(scores, masks or {})
     already = int(torch.isneginf(keys).sum())
-    removed = _smallest(keys, max(round(sparsity * keys.numel()), already))
-    parts = torch.split(~removed, [score.numel() for score in scores.values()])
-    return {
-        name: part.view(score.shape).to(score.device)
-        for (name, score), part in zip(scores.items(), parts, strict=True)
-    }
-
-
-def _ranking_keys(scores: Scores, masks: Masks) -> Tensor:
-    """Lay all scores end to end; -inf marks what is removed already and so goes first."""
-    device = next(iter(scores.values())).device
-    keys = []
-    for name, score in scores.items():
-        key = score.detach().reshape(-1)
-        key = key if key.is_floating_point() else key.double()
-        if name in masks:
-            key = key.masked_fill(~masks[name].reshape(-1).to(key.device), -torch.inf)
-        keys.append(key.to(device))
-    return torch.cat(keys)
-
-
-def _smallest(keys: Tensor, count: int) -> Tensor:
-    """Mark exactly ``count`` of the smallest keys; of equal keys those at the end come first."""
-    if count == 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
-    cut = keys.kthvalue(count).values
-    marked = keys < cut
-    equal = torch.nonzero(keys == cut).squeeze(1)
-    marked[equal[equal.numel() - (count - int(marked.sum())) :]] = True
-    return marked
+    return split_like(~smallest(keys, max(round(sparsity * keys.numel()), already)), scores)

@@ -522,13 +522,15 @@ def test_targets_that_no_validation_scored_are_named_at_the_end() -> None:
         fit(SaliencyPruningCallback({1: 0.5}), Skip(), max_epochs=2)
 
 
-def test_a_layer_that_loses_everything_is_named() -> None:
-    def first_layer_last(scores, parameters):
-        return {name: torch.full_like(p, name == WEIGHTS[1]) for name, p in parameters.items()}
+def test_no_layer_is_emptied_and_the_spared_one_is_named() -> None:
+    def last_layer_counts_for_nothing(scores, parameters):
+        return {n: s + (1.0 if n == WEIGHTS[0] else 0.0) for n, s in scores.items()}
 
-    pruner = SaliencyPruningCallback({0: Threshold(0.5)}, criterion=first_layer_last)
-    with warnings_of(r"every weight of \['net.0.weight'\] in epoch 0"):
-        fit(pruner, max_epochs=1)
+    pruner = SaliencyPruningCallback({0: 0.2}, criterion=last_layer_counts_for_nothing)
+    with warnings_of("Epoch 0: net.3.weight would have lost too much; .* left it 0.4 %"):
+        model = fit(pruner, max_epochs=2)
+    assert int(pruner.masks[WEIGHTS[1]].sum()) == 1
+    assert zeros(model) == removed(pruner.masks) == round(0.2 * TOTAL)  # the other layer gave more
 
 
 def test_a_convolutional_network() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.callbacks.scoring import ScoringOptions, ScoringPass
+from lightning_prune.callbacks.shards import unrepeated
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
 from tests import reference
 
@@ -86,3 +90,127 @@ def test_a_forward_pass_is_saved() -> None:
         scoring.close()
         seen[reuse] = model.seen
     assert seen[False] - seen[True] == 64
+
+
+# Each sample once
+
+
+def fit_of(*loaders: Any, processes: int = 1) -> Any:
+    """A stand-in for a Trainer; where it has two processes, both have the same sums."""
+    reduce = lambda tensor, reduce_op: {"sum": processes}[reduce_op] * tensor  # noqa: E731
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
+    return SimpleNamespace(val_dataloaders=loaders, world_size=processes, strategy=strategy)
+
+
+def shard(x: Tensor, rank: int, processes: int, **kwargs: Any) -> DataLoader:
+    data = TensorDataset(x)
+    sampler = DistributedSampler(data, processes, rank, shuffle=True, **kwargs)
+    return DataLoader(data, batch_size=20, sampler=sampler)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 100])
+def test_samples_repeated_to_make_shards_even_are_left_out(processes: int) -> None:
+    model = Counting().eval()
+    first, second = torch.randn(65, 1, 8, 8), torch.randn(97, 1, 8, 8)
+    passes = []
+    for rank in range(processes):
+        loaders = [shard(x, rank, processes) for x in (first, second)]
+        trainer = fit_of(*loaders)
+        scoring = ScoringPass(model, ["0.weight", "5.weight"], ScoringOptions(tolerance=1e-3))
+        for dataloader_idx, loader in enumerate(loaders):
+            for (x,) in loader:
+                with torch.no_grad():
+                    model(x)  # whose logits are cut with the batch
+                scoring.add((x,), trainer, dataloader_idx)
+        scoring.close()
+        passes.append(scoring._accumulator)
+    expected = squared_gradients(model, [first, second], tolerance=1e-3, parameters=passes[0].names)
+    assert sum(accumulator.samples for accumulator in passes) == 65 + 97
+    total = {name: sum(part.sums[name] for part in passes) for name in expected}
+    assert reference.largest_error(total, expected) < 2e-3
+
+
+def test_only_what_is_known_to_repeat_is_left_out() -> None:
+    x = torch.zeros(7, 2)
+    assert unrepeated(shard(x, 1, 2)) == 3
+    assert unrepeated(shard(x, 0, 2)) == 4
+    everything = float("inf")
+    assert unrepeated(shard(x, 1, 2, drop_last=True)) == everything  # repeats nothing
+    assert unrepeated(DataLoader(TensorDataset(x))) == everything
+    assert unrepeated([x]) == everything
+
+    class Reordered(BatchSampler):
+        """Where the repeated sample is last is not known."""
+
+    sampler = Reordered(DistributedSampler(TensorDataset(x), 2, 1), 2, drop_last=False)
+    assert unrepeated(DataLoader(TensorDataset(x), batch_sampler=sampler)) == everything
+
+
+def test_a_batch_without_a_trainer_is_scored_as_it_is() -> None:
+    model, x = Counting().eval(), torch.randn(8, 1, 8, 8)
+    scoring = ScoringPass(model, ["5.weight"], ScoringOptions())
+    scoring.add(x)
+    scoring.add(x)
+    assert scoring.finish(fit_of()).samples == 16
+
+
+def test_sums_of_all_processes_decide() -> None:
+    model, x = Counting().eval(), torch.randn(64, 1, 8, 8)
+    results = []
+    for processes in (1, 2):
+        scoring = ScoringPass(model, ["0.weight"], ScoringOptions(tolerance=1e-1))
+        scoring.add(x)
+        results.append(scoring.finish(fit_of(processes=processes)))
+    alone, both = results
+    assert (alone.samples, both.samples) == (64, 128)
+    assert 0 < alone.dropped_energy == both.dropped_energy <= 1e-1
+    assert torch.equal(both.scores["0.weight"], 2 * alone.scores["0.weight"])
+
+
+def test_a_process_without_samples_takes_part() -> None:
+    model = Counting().eval()
+    scoring = ScoringPass(model, ["0.weight"], ScoringOptions())
+    scoring.add((torch.randn(4, 1, 8, 8),), fit_of(shard(torch.zeros(1, 2), 1, 2)))
+    assert scoring.finish(fit_of()) is None  # nor had the others any
+    scoring = ScoringPass(model, ["0.weight"], ScoringOptions())
+    trainer = fit_of(processes=2)
+    trainer.strategy.reduce = lambda tensor, reduce_op: tensor + 1
+    assert torch.equal(scoring.finish(trainer).scores["0.weight"], torch.ones(8, 1, 3, 3))
+
+
+# In the middle of a validation
+
+
+def test_sums_survive_a_checkpoint_in_the_middle_of_a_validation() -> None:
+    model = Counting().eval()
+    batches = torch.randn(96, 1, 8, 8).split(32)
+    options, names = ScoringOptions(tolerance=1e-1), ["0.weight", "5.weight"]
+    trainer = fit_of()
+
+    def run(scoring: ScoringPass, which: range) -> None:
+        for i in which:
+            scoring.add(batches[i], trainer, 0, i)
+
+    whole, first, second = (ScoringPass(model, names, options) for _ in range(3))
+    run(whole, range(3))
+    run(first, range(2))
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    run(first, range(2, 3))  # a state is no view of what goes on
+    file.seek(0)
+    second.load_state(torch.load(file, weights_only=True))
+    run(second, range(3))  # what was scored before is not scored again
+    expected, found = whole.finish(trainer), second.finish(trainer)
+    assert found.samples == expected.samples == 96
+    assert found.dropped_energy == expected.dropped_energy > 0
+    for name in names:
+        assert torch.equal(found.scores[name], expected.scores[name])
+
+
+def test_a_pass_that_was_complete_in_the_checkpoint_needs_no_batch() -> None:
+    model, x = Counting().eval(), torch.randn(32, 1, 8, 8)
+    first, second = (ScoringPass(model, ["0.weight"], ScoringOptions()) for _ in range(2))
+    first.add(x, fit_of(), 0, 0)
+    second.load_state(first.state())
+    scores = second.finish(fit_of()).scores["0.weight"]
+    assert torch.equal(scores, first.finish(fit_of()).scores["0.weight"])

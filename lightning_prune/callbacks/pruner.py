@@ -1,0 +1,267 @@
+"""A target that falls due -> a decision -> masks in force.
+
+Enters: a Trainer at some point of its fit, and what a scoring pass has found. Leaves: masks on the
+model, a record of the event. The callback says when; what happens then is here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_prune._targets import Target
+from lightning_prune._types import Scores
+from lightning_prune.callbacks import preflight, pruning_state, reporting
+from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
+from lightning_prune.callbacks.rewinding import Rewind
+from lightning_prune.callbacks.scorer import Scorer
+from lightning_prune.callbacks.scoring import (
+    ScoringResult,
+    batch_sources,
+    is_last_validation,
+    refused_in,
+)
+from lightning_prune.masking import MaskKeeper, sparsity
+from lightning_prune.schedules import Schedule, planned_targets
+from lightning_prune.selection import Criterion, Selection
+
+
+class Pruner:
+    """Decide on events and carry them out.
+
+    Args:
+        schedule: When how much is pruned.
+        clock: What the schedule counts.
+        criterion: By what weights are ranked.
+        selection: What is removed as one piece, and what is spared.
+        scorer: Who scores the weights.
+        rewind: What is gone back to at an event.
+
+    Attributes:
+        keeper: Holds the masks in force.
+        state: What a resumed run has to know; its masks are the keeper's.
+        scores: The scores by which the last event decided, on the CPU.
+        parameters: What is pruned, while fitting.
+        prefix: What stands before the slash of logged names.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        clock: Clock,
+        criterion: Criterion,
+        selection: Selection,
+        scorer: Scorer,
+        rewind: Rewind | None,
+    ) -> None:
+        self.schedule = schedule
+        self.clock = clock
+        self.criterion = criterion
+        self.selection = selection
+        self.scorer = scorer
+        self.rewind = rewind
+        self.keeper = MaskKeeper()
+        self.state = PruningState()
+        self.scores: Scores = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.prefix = "prune"
+        self._restored = False
+
+    # ------------------------------------------------------------------ the course of a fit
+
+    def set_up(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        names: list[str] | None,
+        exclude: list[str] | None,
+        taken: Collection[str],
+    ) -> None:
+        """Check that all fits together, and put the masks there are in force.
+
+        Raises:
+            PruningSetupError: It does not; the message lists every fault.
+        """
+        parameters, events = preflight.check_setup(
+            trainer,
+            module,
+            schedule=self.schedule,
+            clock=self.clock,
+            criterion=self.criterion,
+            selection=self.selection,
+            names=names,
+            exclude=exclude,
+            rewind=self.rewind,
+            own_loader=self.scorer.loader is not None,
+            taken=taken,
+            held=pruning_state.held(self.keeper.masks, self.state.pending),
+        )
+        preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
+        rank_zero_info(reporting.plan_line(self.criterion.name, parameters, events))
+        needs_no_look = not self.criterion.needs_scores or events == {}
+        self.scorer.prepare(list(parameters), checked=needs_no_look)
+        self.parameters = parameters
+        self.keeper.attach(parameters, trainer.optimizers)
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin a new run, unless a checkpoint was loaded: what was left undone is not made up."""
+        if not self._restored:
+            passed = self.clock.passed(trainer)
+            self.state = PruningState(history=self.state.history, next_count=passed)
+
+    def start_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Look after new optimizers, take the snapshot to go back to, prune if that is due."""
+        self.keeper.follow(trainer.optimizers)
+        if self.rewind is not None and trainer.current_epoch == self.rewind.epoch:
+            self.state.snapshot = self.rewind.snapshot(trainer, module)
+        self.prune_if_due(trainer, module)
+
+    def missed(self, trainer: Trainer) -> list[int]:
+        """Return the counts whose targets were due and have made no event."""
+        waiting = self.state.pending
+        start = self.state.next_count if waiting is None else waiting.count + 1
+        return list(planned_targets(self.schedule, range(start, self.clock.passed(trainer))))
+
+    def let_go(self) -> None:
+        """Leave nothing behind on the model; masks and history stay."""
+        self.keeper.release()
+        self.scorer.let_go()
+        self.parameters, self._restored = {}, False
+
+    # ------------------------------------------------------------------ decisions
+
+    def scores_in(self, trainer: Trainer) -> bool:
+        """Tell whether the validation that begins now is to be scored."""
+        if not self.criterion.needs_scores or self.scorer.loader is not None:
+            return False
+        if self.clock.steps is not None:
+            last = self.schedule.last_epoch
+            return last is None or self.state.next_count <= last
+        return is_last_validation(trainer) and self.due(trainer) is not None
+
+    def scored(self, trainer: Trainer, result: ScoringResult | None) -> None:
+        """Take what a validation has found: decide by it, or keep it for the next round."""
+        if self.clock.steps is None:
+            self._decide(trainer, result)
+        elif result is not None:
+            self.state.latest = result
+
+    def after_batch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Decide on an event where rounds of steps are counted."""
+        if self.clock.steps is not None and self.state.pending is None:
+            self._decide_now(trainer, module)
+
+    def after_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Decide on an event that needs no validation."""
+        if self.clock.steps is None and (
+            not self.criterion.needs_scores or self.scorer.loader is not None
+        ):
+            self._decide_now(trainer, module)
+
+    def due(self, trainer: Trainer) -> Target | None:
+        """Return the target to reach now; also one whose own epoch or round was missed."""
+        count = self.clock.latest(trainer)
+        targets = planned_targets(self.schedule, range(self.state.next_count, count + 1))
+        if not targets:
+            return None
+        target = list(targets.values())[-1]
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        removed = sparsity(self.keeper.masks)
+        if isinstance(target, float) and round(target * total) < round(removed * total):
+            self._done(count)
+            rank_zero_info(reporting.already_line(self.clock.unit, count, target, removed))
+            return None
+        return target
+
+    def _decide_now(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.due(trainer) is None:
+            return
+        result: ScoringResult | None = ScoringResult({}, 0, 0.0, 0.0)
+        if self.criterion.needs_scores and self.scorer.loader is not None:
+            result = self.scorer.score_loader(trainer, module)
+        elif self.criterion.needs_scores:
+            result = self.state.latest
+        self._decide(trainer, result)
+
+    def _decide(self, trainer: Trainer, result: ScoringResult | None) -> None:
+        target = self.due(trainer)
+        if result is not None and target is not None:
+            count, epoch = self.clock.latest(trainer), trainer.current_epoch
+            self.state.pending = PendingEvent(count, epoch, target, **vars(result))
+
+    # ------------------------------------------------------------------ events
+
+    def prune_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        """Carry out the event that waits, if its time has come."""
+        event = self.state.pending
+        if event is not None and self.clock.in_force(event.epoch, trainer):
+            self.prune(trainer, module, event)
+
+    def prune(
+        self, trainer: Trainer, module: LightningModule, event: PendingEvent, *, last: bool = False
+    ) -> None:
+        """Put the masks of an event in force. If anything is wrong the weights stay as they are.
+
+        Args:
+            trainer: In a fit.
+            module: The model.
+            event: What was decided.
+            last: The fit is over: nothing is gone back to.
+        """
+        start = time.perf_counter()
+        before = self.keeper.masks
+        raw = {n: score.to(self.parameters[n].device) for n, score in event.scores.items()}
+        with refused_in(event.epoch):
+            scores = self.criterion(raw, self.parameters)
+            saliency = raw if self.criterion.needs_scores else None
+            selected = self.selection(scores, event.target, masks=before, saliency=saliency)
+        for source in batch_sources(trainer):
+            source.before_pruning(trainer, module)
+        if self.rewind is not None and self.state.snapshot is not None and not last:
+            self.rewind.restore(trainer, module, self.state.snapshot)
+        self.keeper.update(selected.masks)
+        self.scores = {name: score.cpu() for name, score in scores.items()}
+        self.state.pending = None
+        self._done(event.count)
+        record = make_record(
+            event,
+            scores,
+            before=before,
+            after=selected.masks,
+            step=trainer.global_step,
+            seconds=time.perf_counter() - start,
+        )
+        self.state.history.append(record)
+        rank_zero_info(reporting.event_line(record))
+        if selected.guarded:
+            rank_zero_warn(reporting.guarded_line(event.epoch, selected.guarded, record["density"]))
+        reporting.log_histograms(trainer, scores, before, self.prefix)
+
+    def _done(self, count: int) -> None:
+        """Note that all targets up to ``count`` are dealt with; scores are kept for later ones."""
+        self.state.next_count = count + 1
+        last = self.schedule.last_epoch
+        if last is not None and last <= count:
+            self.state.latest = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def pack(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return replace(self.state, masks=self.keeper.masks).pack()
+
+    def unpack(self, packed: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
+        state = PruningState.unpack(packed)
+        self.keeper.update(state.masks)
+        self.state = replace(state, masks={})
+        self.scores = {}
+        self._restored = True

@@ -1,0 +1,135 @@
+"""Who scores, when: the validation that is running, a loader of its own, and a first look.
+
+Enters: Lightning's validation hooks, or a loader. Leaves: a
+:class:`~lightning_prune.callbacks.scoring.ScoringResult` for an event to decide by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_prune.augment.isolation import evaluating
+from lightning_prune.callbacks import preflight
+from lightning_prune.callbacks.scoring import (
+    ScoringOptions,
+    ScoringPass,
+    ScoringResult,
+    refused_in,
+)
+
+
+class Scorer:
+    """Run scoring passes for a pruner.
+
+    Args:
+        options: What is scored and how.
+        loader: Batches to score instead of the validation's: an iterable, or the name of a method
+            of the module or its datamodule that returns one.
+    """
+
+    def __init__(self, options: ScoringOptions, loader: Any = None) -> None:
+        self.options = options
+        self.loader = loader
+        self.checked = False
+        self._names: list[str] = []
+        self._pass: ScoringPass | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a pass over the validation batches is under way."""
+        return self._pass is not None
+
+    def prepare(self, names: list[str], *, checked: bool) -> None:
+        """Start a fit: say which parameters are scored, and whether no first look is needed."""
+        self._names, self.checked = names, checked
+
+    def look(self, module: LightningModule, batch: Any) -> None:
+        """Raise what scoring such a batch would raise, before the first training step."""
+        if not self.checked:
+            preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
+            self.checked = True
+
+    def look_ahead(self, trainer: Trainer, module: LightningModule, criterion: str) -> None:
+        """Take the first look where no sanity check has brought a batch to look at."""
+        if self.checked:
+            return
+        if self.loader is not None:
+            with isolate_rng():  # a DataLoader draws a seed
+                batch = next(iter(resolve_loader(self.loader, trainer, module)), None)
+            batch = None if batch is None else on_device(trainer, batch)
+        else:
+            preflight.refuse_empty_validation(trainer, criterion)
+            batch = preflight.peek_batch(trainer)
+        if batch is not None:
+            self.look(module, batch)
+
+    def begin(self, module: LightningModule) -> None:
+        """Start a pass over the validation that begins now."""
+        self._pass = ScoringPass(module, self._names, self.options)
+
+    def add(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+        """Score one of its batches; does nothing outside of a pass."""
+        if self._pass is not None:
+            with refused_in(trainer.current_epoch):
+                self._pass.add(batch)
+
+    def finish(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        """End the pass and return what it found, ``None`` if that is nothing."""
+        if self._pass is None:
+            return None
+        with refused_in(trainer.current_epoch):
+            self._pass.add_generated(trainer, module)
+            result = self._pass.finish(trainer)
+        self.let_go()
+        return result
+
+    def score_loader(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        """Score the batches of the own loader, now; each process takes its part of them."""
+        self.begin(module)
+        with evaluating(module), isolate_rng():
+            for i, batch in enumerate(resolve_loader(self.loader, trainer, module)):
+                if i % trainer.world_size == trainer.global_rank:
+                    self.add(trainer, on_device(trainer, batch), 0)
+            return self.finish(trainer, module)
+
+    def let_go(self) -> None:
+        """End whatever is under way without a result."""
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None
+
+
+def on_device(trainer: Trainer, batch: Any) -> Any:
+    """Take a batch the way that Lightning's evaluation loop takes it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def resolve_loader(loader: Any, trainer: Trainer, module: LightningModule) -> Any:
+    """Return the batches that ``scoring_loader`` stands for.
+
+    Raises:
+        PruningSetupError: It is a name, and neither the module nor its datamodule has such a
+            method; or it cannot be iterated.
+    """
+    if isinstance(loader, str):
+        owners = [o for o in (module, getattr(trainer, "datamodule", None)) if o is not None]
+        methods = [getattr(owner, loader) for owner in owners if hasattr(owner, loader)]
+        if not methods or not callable(methods[0]):
+            searched = " and ".join(type(owner).__name__ for owner in owners)
+            raise preflight.PruningSetupError(
+                f"Expected scoring_loader={loader!r} to name a method of the LightningModule or of "
+                f"its LightningDataModule that returns the batches to score, but {searched} has no "
+                "such method. Write it, or give the loader itself."
+            )
+        loader = methods[0]()
+    if not hasattr(loader, "__iter__"):
+        raise preflight.PruningSetupError(
+            "Expected scoring_loader to be an iterable of batches, but got "
+            f"{type(loader).__name__}."
+        )
+    return loader
