@@ -89,6 +89,16 @@ def as_target(target: Any) -> Target:
     return target if isinstance(target, Threshold) else float(target)
 
 
+def describe_target(target: Target) -> str:
+    """Return a target in few characters.
+
+    Example:
+        >>> describe_target(0.5), describe_target(Threshold(1e-6))
+        ('50.0 %', '> 1e-06')
+    """
+    return f"> {target.value:.2g}" if isinstance(target, Threshold) else f"{100 * target:.1f} %"
+
+
 def target_faults(targets: Mapping[Any, Any]) -> list[str]:
     """List what is wrong with targets that are in the order in which they fall due.
 

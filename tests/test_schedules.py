@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lightning_prune.schedules import (
     ConstantRateSchedule,
     CubicSchedule,
     EpochSchedule,
+    ExponentialSchedule,
     LinearSchedule,
     OneShotSchedule,
     Schedule,
@@ -144,6 +147,7 @@ def test_a_schedule_of_the_users_own_class_is_checked_too() -> None:
         OneShotSchedule(0.5, 3),
         LinearSchedule(0.9, 1, 5),
         CubicSchedule(0.9, 1, 5, 2, 0.1),
+        ExponentialSchedule(0.9, 1, 5),
         ConstantRateSchedule(0.2, 3),
     ],
 )
@@ -151,3 +155,100 @@ def test_schedules_print_themselves_and_survive_a_pickle(schedule) -> None:
     namespace = {type(schedule).__name__: type(schedule), "Threshold": Threshold}
     assert eval(repr(schedule), namespace) == schedule
     assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+def test_exponential_keeps_the_same_share_at_every_event_and_ends_exactly() -> None:
+    schedule = ExponentialSchedule(0.9, start_epoch=2, end_epoch=14, every_n_epochs=3)
+    planned = planned_targets(schedule, range(30))
+    assert list(planned) == [5, 8, 11, 14]
+    assert planned[14] == 0.9
+    kept = [1.0, *(1 - target for target in planned.values())]
+    factors = [after / before for before, after in pairwise(kept)]
+    assert factors == pytest.approx([0.1**0.25] * 4)
+
+
+def test_exponential_is_constant_rate_with_the_end_given() -> None:
+    given_rate = planned_targets(ConstantRateSchedule(0.2, rounds=5, start_epoch=1), range(10))
+    end = given_rate[5]
+    given_end = planned_targets(ExponentialSchedule(end, start_epoch=0, end_epoch=5), range(10))
+    assert given_end == pytest.approx(given_rate)
+
+
+@given(
+    st.floats(0, 0.99), st.floats(0, 0.99), st.integers(0, 5), st.integers(0, 20), st.integers(1, 4)
+)
+def test_exponential_never_falls(first, last, start, length, every) -> None:
+    first, last = sorted((first, last))
+    schedule = ExponentialSchedule(last, start, start + length, every, first)
+    planned = planned_targets(schedule, range(40))  # raises if a share falls
+    assert planned.get(start + length, 0.0) == last
+
+
+def test_a_table_says_what_each_event_does() -> None:
+    schedule = EpochSchedule({1: 0.5, 2: 0.5, 3: 0.8, 12: Threshold(1e-6), 13: 0.9})
+    lines = schedule.table(epochs=20).splitlines()
+    assert [line.split(" | ")[0].strip() for line in lines] == ["epoch", "1", "2", "3", "12", "13"]
+    assert [line.split(" | ")[1].strip() for line in lines[1:]] == [
+        "50.0 %",
+        "50.0 %",
+        "80.0 %",
+        "> 1e-06",
+        "90.0 %",
+    ]
+    assert "50.0 % of all weights" in lines[1]
+    assert "nothing new" in lines[2]
+    assert "30.0 % of all weights, 60.0 % of those left" in lines[3]
+    assert "scores" in lines[4]
+    assert "threshold" in lines[5]
+
+
+def test_a_table_of_a_run_that_is_too_short_says_so() -> None:
+    schedule = OneShotSchedule(0.5, epoch=7)
+    short = schedule.table(epochs=7)
+    assert "No event in 7 epochs" in short
+    assert "goes on to epoch 7" in short
+    assert "goes on" not in schedule.table(epochs=8)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 2.5, None])
+def test_a_run_to_show_has_a_number_of_epochs(epochs) -> None:
+    for show in (OneShotSchedule(0.5, 3).table, OneShotSchedule(0.5, 3).plot):
+        with pytest.raises(ValueError, match="epochs: expected a whole number >= 1"):
+            show(epochs)
+
+
+def test_a_table_of_a_faulty_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="epoch 1: shares must not decrease"):
+        as_schedule(lambda epoch: 0.5 - 0.1 * epoch).table(3)
+
+
+def test_a_plot_is_a_staircase_with_thresholds_marked() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    ax = Figure().subplots()
+    schedule = EpochSchedule({2: 0.5, 4: 0.8, 6: Threshold(1e-6)})
+    assert schedule.plot(10, ax) is ax
+    stairs, dots, line = ax.get_lines()
+    assert stairs.get_drawstyle() == "steps-post"
+    assert stairs.get_xydata().tolist() == [[0, 0], [2, 50], [4, 80], [10, 80]]
+    assert dots.get_xydata().tolist() == [[2, 50], [4, 80]]
+    assert list(line.get_xdata()) == [6, 6]
+    assert "1e-06" in line.get_label()
+
+
+def test_a_plot_makes_axes_of_its_own() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    ax = CubicSchedule(0.9, 1, 5).plot(8)
+    assert ax.get_xlim() == (0, 8)
+    plt.close(ax.figure)
+
+
+def test_a_plot_without_matplotlib_names_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
+        OneShotSchedule(0.5, 3).plot(5)

@@ -94,7 +94,7 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
     faults += _rewind_faults(rewind, events, clock)
     parameters: dict[str, nn.Parameter] = {}
     try:
-        parameters = find_prunable(module, names).parameters
+        parameters = find_prunable(module, names, exclude=exclude).parameters
     except ValueError as error:
         faults.append(str(error))
     else:

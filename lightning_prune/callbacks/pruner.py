@@ -18,7 +18,9 @@ from torch import nn
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
 from lightning_prune.callbacks import preflight, pruning_state, reporting
+from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.plan import PruningPlan, make_plan
 from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
@@ -105,11 +107,24 @@ class Pruner:
             held=pruning_state.held(self.keeper.masks, self.state.pending),
         )
         preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
-        rank_zero_info(reporting.plan_line(self.criterion.name, parameters, events))
+        rank_zero_info(self.plan(module, names, exclude, self.clock.total(trainer)).summary())
         needs_no_look = not self.criterion.needs_scores or events == {}
         self.scorer.prepare(list(parameters), checked=needs_no_look)
         self.parameters = parameters
         self.keeper.attach(parameters, trainer.optimizers)
+        mask_averages(trainer, self.keeper.masks)
+
+    def plan(
+        self,
+        module: nn.Module,
+        names: list[str] | None,
+        exclude: list[str] | None,
+        counts: int | None = None,
+    ) -> PruningPlan:
+        """Return what a fit of so many epochs (or rounds) is going to prune."""
+        already = sum(int((~mask).sum()) for mask in self.keeper.masks.values())
+        unit = self.clock.unit
+        return make_plan(module, self.schedule, names, exclude, counts, already, unit)
 
     def start(self, trainer: Trainer) -> None:
         """Begin a new run, unless a checkpoint was loaded: what was left undone is not made up."""
@@ -228,6 +243,7 @@ class Pruner:
         if self.rewind is not None and self.state.snapshot is not None and not last:
             self.rewind.restore(trainer, module, self.state.snapshot)
         self.keeper.update(selected.masks)
+        mask_averages(trainer, selected.masks)
         self.scores = {name: score.cpu() for name, score in scores.items()}
         self.state.pending = None
         self._done(event.count)

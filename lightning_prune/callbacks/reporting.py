@@ -12,33 +12,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune._targets import Target, Threshold
+from lightning_prune._targets import Target, Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
 
 HISTOGRAM_SAMPLES = 1_000_000
 """A histogram looks at no more scores than this of a parameter, evenly spaced."""
-
-
-def plan_line(
-    criterion: str, parameters: Mapping[str, Tensor], events: Mapping[int, Target] | None
-) -> str:
-    """Return what a fit is going to prune, and when, as a sentence.
-
-    Example:
-        >>> plan_line("taylor", {"fc.weight": torch.zeros(100, 10)}, {2: 0.5, 4: 0.8})
-        "Pruning 1 parameter with 1,000 weights by 'taylor': epoch 2: 50.0 %, epoch 4: 80.0 %."
-    """
-    count = sum(parameter.numel() for parameter in parameters.values())
-    when = [f"epoch {epoch}: {describe_target(target)}" for epoch, target in (events or {}).items()]
-    shown = when if len(when) <= 8 else [*when[:4], "...", *when[-2:]]
-    if events is None:  # a callable, and no number of epochs to ask it for
-        shown = ["when the schedule says so"]
-    plural = "" if len(parameters) == 1 else "s"
-    return (
-        f"Pruning {len(parameters)} parameter{plural} with {count:,} weights by {criterion!r}: "
-        f"{', '.join(shown) or 'no event in this fit'}."
-    )
 
 
 def event_line(record: PruningRecord) -> str:
@@ -112,16 +91,6 @@ def table(history: list[PruningRecord]) -> str:
         )
     left = ", ".join(f"{name} {100 * d:.1f} %" for name, d in history[-1]["density"].items())
     return "\n".join([*rows, f"Left in each parameter: {left}"])
-
-
-def describe_target(target: Target) -> str:
-    """Return a target in few characters.
-
-    Example:
-        >>> describe_target(0.5), describe_target(Threshold(1e-6))
-        ('50.0 %', '> 1e-06')
-    """
-    return f"> {target.value:.2g}" if isinstance(target, Threshold) else f"{100 * target:.1f} %"
 
 
 def metrics(

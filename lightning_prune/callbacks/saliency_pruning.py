@@ -15,6 +15,7 @@ from lightning_prune._targets import Threshold
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks import preflight, reporting
 from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.plan import PruningPlan
 from lightning_prune.callbacks.pruner import Pruner
 from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.callbacks.rewinding import Rewind
@@ -132,6 +133,19 @@ class SaliencyPruningCallback(Callback):
     def history(self) -> list[PruningRecord]:
         """One record for each pruning event, oldest first."""
         return [record.copy() for record in self._pruner.state.history]
+
+    def plan(self, module: nn.Module, epochs: int | None = None) -> PruningPlan:
+        """Return what is going to be pruned, before the run: print it.
+
+        Args:
+            module: The model.
+            epochs: How many epochs (or rounds of steps) the run will have; by default as many as
+                the schedule.
+
+        Raises:
+            ValueError: Names or patterns fit nothing, nothing can be pruned, or a target is wrong.
+        """
+        return self._pruner.plan(module, self._names, self._exclude, epochs)
 
     def report(self) -> str:
         """Return the events so far as a table to print."""

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.augment.isolation import evaluating
 from lightning_prune.callbacks import preflight
+from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.scoring import (
     ScoringOptions,
     ScoringPass,
@@ -100,13 +101,6 @@ class Scorer:
         if self._pass is not None:
             self._pass.close()
             self._pass = None
-
-
-def on_device(trainer: Trainer, batch: Any) -> Any:
-    """Take a batch the way that Lightning's evaluation loop takes it."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def resolve_loader(loader: Any, trainer: Trainer, module: LightningModule) -> Any:

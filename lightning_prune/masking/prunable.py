@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import fnmatch
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -31,7 +32,12 @@ class Prunable:
     left_out: dict[str, str]
 
 
-def find_prunable(model: nn.Module, names: Iterable[str] | None = None) -> Prunable:
+def find_prunable(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    *,
+    exclude: Iterable[str] | None = None,
+) -> Prunable:
     """Decide which parameters are pruned.
 
     By default the weights of all layers: parameters with two or more axes (matrices, kernels,
@@ -41,12 +47,15 @@ def find_prunable(model: nn.Module, names: Iterable[str] | None = None) -> Pruna
 
     Args:
         model: Any module.
-        names: Prune exactly these instead, whatever they are; full ``named_parameters()`` names.
+        names: Prune these instead: full ``named_parameters()`` names, whatever they are, or
+            patterns of :mod:`fnmatch` (``"features.*"``). A pattern takes, of the parameters that
+            it matches, those that are prunable by default: never a bias or a norm by accident.
+        exclude: Names or patterns of parameters that are not pruned, however they were chosen.
 
     Raises:
-        TypeError: ``names`` is a single string.
-        ValueError: A name is unknown (the message shows close ones) or given for a parameter that
-            cannot be pruned, or nothing is left to prune. All faults are in one message.
+        TypeError: ``names`` or ``exclude`` is a single string.
+        ValueError: A name or a pattern fits nothing (the message shows close ones) or nothing that
+            can be pruned, or nothing is left to prune. All faults are in one message.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
@@ -55,23 +64,27 @@ def find_prunable(model: nn.Module, names: Iterable[str] | None = None) -> Pruna
         ['0.weight', '2.weight']
         >>> prunable.left_out["0.bias"], prunable.left_out["1.weight"]
         ('a bias', 'part of a BatchNorm2d')
+        >>> find_prunable(model, exclude=["2.*"]).left_out["2.weight"]
+        "excluded by '2.*'"
     """
     owners = _owners(model)
     present = dict(model.named_parameters())
-    if names is None:
-        reasons = {
-            name: _why_not(name, parameter, owners[name]) for name, parameter in present.items()
-        }
-        chosen = {name: p for name, p in present.items() if reasons[name] is None}
-        if not chosen:
-            raise ValueError(
-                f"Expected a model with weights to prune, but {type(model).__name__} has none: "
-                f"{reasons or 'no parameters at all'}."
-            )
-        return Prunable(chosen, {name: reason for name, reason in reasons.items() if reason})
-    wanted = _checked_names(names, present)
-    others = {name: "not named" for name in present if name not in wanted}
-    return Prunable({name: p for name, p in present.items() if name in wanted}, others)
+    reasons = {name: _why_not(name, p, owners[name]) for name, p in present.items()}
+    faults: dict[str, list[str]] = {"parameters": [], "exclude": []}
+    if names is not None:
+        reasons = _named(_as_list("parameters", names), present, reasons, faults["parameters"])
+    before = [name for name, reason in reasons.items() if reason is None]
+    if exclude is not None:
+        reasons = _without(_as_list("exclude", exclude), present, reasons, faults["exclude"])
+    _raise_faults(faults)
+    chosen = {name: p for name, p in present.items() if reasons[name] is None}
+    if not chosen:
+        way_out = " Exclude less." if before else ""
+        raise ValueError(
+            f"Expected a model with weights to prune, but {type(model).__name__} has none: "
+            f"{reasons or 'no parameters at all'}.{way_out}"
+        )
+    return Prunable(chosen, {name: reason for name, reason in reasons.items() if reason})
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:
@@ -105,26 +118,80 @@ def _why_impossible(parameter: Tensor) -> str | None:
     return None
 
 
-def _checked_names(names: Iterable[str], present: dict[str, nn.Parameter]) -> set[str]:
-    if isinstance(names, str):
-        raise TypeError(f"Expected argument `parameters` to be a list of names, but got {names!r}.")
-    wanted = list(names)
-    faults = [] if wanted else ["the list is empty"]
-    for name in wanted:
-        if name not in present:
-            close = difflib.get_close_matches(str(name), present, n=3)
-            hint = (
-                f"did you mean {' or '.join(map(repr, close))}?"
-                if close
-                else f"there are {list(present)}"
+def _named(
+    names: list[str],
+    present: Mapping[str, Tensor],
+    reasons: Mapping[str, str | None],
+    faults: list[str],
+) -> dict[str, str | None]:
+    """Return name -> why it is left out (``None``: it is pruned), once a user has named some."""
+    if not names:
+        faults.append("the list is empty")
+    named: dict[str, str | None] = dict.fromkeys(present, "not named")
+    for name in names:
+        if name in present:  # asked for by its own name: only the impossible is refused
+            if (reason := _why_impossible(present[name])) is not None:
+                faults.append(f"{name!r}: {reason}")
+            named[name] = None
+            continue
+        matched = _matches(name, present, faults)
+        taken = [match for match in matched if reasons[match] is None]
+        if matched and not taken:
+            why = ", ".join(f"{match!r} ({reasons[match]})" for match in matched[:3])
+            more = ", ..." if len(matched) > 3 else ""
+            faults.append(
+                f"{name!r}: nothing that it matches is pruned unless given by its full name: "
+                f"{why}{more}"
             )
-            faults.append(f"{name!r}: no parameter has this name; {hint}")
-        elif (reason := _why_impossible(present[name])) is not None:
-            faults.append(f"{name!r}: {reason}")
-    if faults:
-        raise ValueError(
-            "\n- ".join(
-                ["Expected argument `parameters` to name parameters of the model:", *faults]
-            )
+        named |= {match: reasons[match] for match in matched if named[match] is not None}
+    return named
+
+
+def _without(
+    patterns: list[str],
+    present: Mapping[str, Tensor],
+    reasons: Mapping[str, str | None],
+    faults: list[str],
+) -> dict[str, str | None]:
+    """Return name -> why it is left out, with what ``patterns`` take away."""
+    left = dict(reasons)
+    for pattern in patterns:
+        for name in [pattern] if pattern in present else _matches(pattern, present, faults):
+            if left[name] is None:
+                left[name] = f"excluded by {pattern!r}"
+    return left
+
+
+def _matches(pattern: str, present: Mapping[str, Tensor], faults: list[str]) -> list[str]:
+    """Return the names that a pattern fits; none is a fault, told with close names."""
+    matched = [name for name in present if fnmatch.fnmatchcase(name, str(pattern))]
+    if not matched:
+        prefixes = {name.rpartition(".")[0] for name in present} - {""}
+        kind = "parameter has this name"
+        candidates = list(present)
+        if any(sign in str(pattern) for sign in "*?["):
+            kind = "parameter fits this pattern"
+            candidates += [f"{prefix}.*" for prefix in sorted(prefixes)]
+        close = difflib.get_close_matches(str(pattern), candidates, n=3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {[*present]}"
         )
-    return set(wanted)
+        faults.append(f"{pattern!r}: no {kind}; {hint}")
+    return matched
+
+
+def _as_list(argument: str, names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"Expected argument `{argument}` to be a list of names, but got {names!r}.")
+    return list(names)
+
+
+def _raise_faults(faults: Mapping[str, list[str]]) -> None:
+    """Raise one error for all arguments with faults."""
+    found = [
+        "\n- ".join([f"Expected argument `{argument}` to name parameters of the model:", *lines])
+        for argument, lines in faults.items()
+        if lines
+    ]
+    if found:
+        raise ValueError("\n".join(found))

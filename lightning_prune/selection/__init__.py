@@ -10,7 +10,6 @@ from __future__ import annotations
 from lightning_prune.selection.choice import Selected, Selection
 from lightning_prune.selection.criteria import CRITERIA, Criterion, resolve_criterion
 from lightning_prune.selection.sparsity import keep_largest
-from lightning_prune.selection.targets import keep_by_target
 from lightning_prune.selection.threshold import Threshold, keep_above
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "Selection",
     "Threshold",
     "keep_above",
-    "keep_by_target",
     "keep_largest",
     "resolve_criterion",
 ]

@@ -35,7 +35,7 @@ def guarded_minimum(numel: int, alive: int, min_density: float) -> int:
 
 @dataclass(frozen=True)
 class Units:
-    """What is removed as one piece, of one parameter: its single weights, or its groups.
+    """The groups of one parameter, each kept or removed as one piece.
 
     Args:
         scores: One score a unit, of shape (G,); larger is more important.
@@ -68,8 +68,7 @@ def remove_weakest(parameters: Sequence[Units], budget: int) -> tuple[list[Tenso
     """Remove the weakest units that are not protected, as many as fit into ``budget`` weights.
 
     The units of all parameters are walked together, the weakest first, up to the first that does
-    not fit; protected ones are passed over. With units of one weight the budget is met exactly
-    unless the guard leaves too few.
+    not fit; protected ones are passed over.
 
     Args:
         parameters: The units of each parameter, on any devices.

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+
 from lightning_prune import Rewind, SaliencyPruningCallback
 from tests.callbacks.pruning_cases import QUIET, Digits, loaders, make_model, weights
 
@@ -40,9 +41,7 @@ class Diary(L.Callback):
             self.weights[epoch] = weights(pl_module)
             self.norms[epoch] = pl_module.net[1].running_mean.clone()
             self.momenta[epoch] = [
-                s["exp_avg"].clone()
-                for s in trainer.optimizers[0].state.values()
-                if "exp_avg" in s
+                s["exp_avg"].clone() for s in trainer.optimizers[0].state.values() if "exp_avg" in s
             ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+
 from lightning_prune import SaliencyPruningCallback, squared_gradients
 from tests.callbacks.pruning_cases import (
     QUIET,
@@ -103,9 +104,7 @@ def test_scoring_a_loader_leaves_training_as_it_was() -> None:
         torch.manual_seed(1)
         model = Noisy()
         torch.manual_seed(2)
-        L.Trainer(max_epochs=2, callbacks=callbacks, **QUIET).fit(
-            model, loaders(shuffle=True)[0]
-        )
+        L.Trainer(max_epochs=2, callbacks=callbacks, **QUIET).fit(model, loaders(shuffle=True)[0])
         ends.append((weights(model), model.draws, model.net[1].running_mean))
     assert ends[0][1] == ends[1][1]
     assert torch.equal(ends[0][2], ends[1][2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from lightning_prune import SaliencyPruningCallback, Selection
 from tests.callbacks.pruning_cases import TOTAL, WEIGHTS, Witness, fit, removed, zeros
 

@@ -94,3 +94,67 @@ def test_nothing_to_prune_is_an_error_with_reasons() -> None:
         find_prunable(nn.ReLU())
     with pytest.raises(ValueError, match="lazy module"):
         find_prunable(nn.LazyLinear(3))
+
+
+def test_a_pattern_takes_what_is_prunable_by_default_of_what_it_fits() -> None:
+    prunable = find_prunable(Everything(), ["lstm.*", "embed*"])
+    assert list(prunable.parameters) == [
+        "embedding.weight",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+    ]
+    assert prunable.left_out["lstm.bias_ih_l0"] == "a bias"
+    assert prunable.left_out["conv.weight"] == prunable.left_out["conv.bias"] == "not named"
+
+
+def test_an_exact_name_and_a_pattern_that_fits_it_do_not_take_from_each_other() -> None:
+    for names in (["conv.bias", "conv.*"], ["conv.*", "conv.bias"]):
+        assert list(find_prunable(Everything(), names).parameters) == ["conv.weight", "conv.bias"]
+
+
+def test_excluded_ones_are_left_out_with_the_pattern_however_they_were_chosen() -> None:
+    prunable = find_prunable(Everything(), exclude=["lstm.*", "raw"])
+    assert set(find_prunable(Everything()).parameters) - set(prunable.parameters) == {
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "raw",
+    }
+    assert prunable.left_out["lstm.weight_hh_l0"] == "excluded by 'lstm.*'"
+    assert prunable.left_out["raw"] == "excluded by 'raw'"
+    assert prunable.left_out["lstm.bias_hh_l0"] == "a bias"
+    named = find_prunable(Everything(), ["conv.*", "conv.bias"], exclude=["*.bias"])
+    assert list(named.parameters) == ["conv.weight"]
+    assert named.left_out["conv.bias"] == "excluded by '*.bias'"
+
+
+def test_patterns_that_fit_nothing_are_refused_all_at_once_with_close_ones() -> None:
+    with pytest.raises(ValueError, match="parameters") as caught:
+        find_prunable(Everything(), ["atention.*", "*.bias"], exclude=["lsmt.*", "conv.*"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert "did you mean 'attention.*'" in lines[1]
+    assert "'conv.bias' (a bias)" in lines[2]
+    assert "full name" in lines[2]
+    assert "`exclude`" in lines[3]
+    assert "did you mean 'lstm.*'" in lines[4]
+
+
+def test_to_exclude_everything_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"excluded by '\*'.*Exclude less"):
+        find_prunable(nn.Linear(2, 2), exclude=["*"])
+    with pytest.raises(TypeError, match="`exclude`"):
+        find_prunable(nn.Linear(2, 2), exclude="weight")
+
+
+def test_finding_changes_nothing_about_frozen_parameters() -> None:
+    model = Everything()
+    assert not find_prunable(model, ["froz*"]).parameters["frozen.weight"].requires_grad
+    assert model.conv.weight.requires_grad
+
+
+def test_an_exact_name_works_even_if_it_looks_like_a_pattern() -> None:
+    model = nn.Module()
+    model.register_parameter("w[0]", nn.Parameter(torch.ones(2, 2)))
+    model.register_parameter("w0", nn.Parameter(torch.ones(2, 2)))
+    assert list(find_prunable(model, ["w[0]"]).parameters) == ["w[0]"]
+    assert list(find_prunable(model, exclude=["w[0]"]).parameters) == ["w0"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_prune._targets import Threshold
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.selection import keep_by_target, keep_largest
+from lightning_prune.selection import keep_above, keep_largest
 
 
 def slow_keep_largest(scores, sparsity, masks=None):
@@ -117,7 +117,7 @@ def test_broken_scores_are_refused_by_name(bad) -> None:
     with pytest.raises(NonFiniteScoresError, match=r"layer\.weight.*1 of 2"):
         keep_largest(scores, 0.5)
     with pytest.raises(NonFiniteScoresError, match=r"layer\.weight"):
-        keep_by_target(scores, Threshold(0.1))
+        keep_above(scores, Threshold(0.1))
 
 
 @pytest.mark.parametrize(

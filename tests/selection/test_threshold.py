@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_prune._targets import Threshold
-from lightning_prune.selection import keep_above, keep_by_target
+from lightning_prune.selection import keep_above
 
 
 def test_strictly_above() -> None:
@@ -22,7 +22,7 @@ def test_strictly_above() -> None:
 def test_removed_weights_stay_removed() -> None:
     masks = {"a": torch.tensor([False, True])}
     scores = {"a": torch.ones(2), "b": torch.ones(1)}
-    found = keep_by_target(scores, Threshold(0.5), masks=masks)
+    found = keep_above(scores, Threshold(0.5), masks=masks)
     assert {name: mask.tolist() for name, mask in found.items()} == {
         "a": [False, True],
         "b": [True],
