@@ -143,7 +143,7 @@ def test_the_package_is_typed() -> None:
             "lightning_prune/selection/threshold.py",
             "def f():\n    import lightning_prune.schedules",
         ),
-        ("lightning_prune/schedules.py", "from .selection import Threshold"),
+        ("lightning_prune/schedules/rounds.py", "from ..selection import Threshold"),
         ("lightning_prune/masking/apply.py", "import lightning.pytorch as pl"),
         ("lightning_prune/_types.py", "from lightning import Trainer"),
         ("lightning_prune/augment/vae.py", "import pytorch_lightning"),

@@ -59,8 +59,8 @@ class PruningPlan:
     already: int = 0
     unit: str = "epoch"
 
-    def summary(self) -> str:
-        """Return the plan as a sentence.
+    def summary(self, criterion: str | None = None) -> str:
+        """Return the plan as a sentence; ``criterion`` is what weights are ranked by.
 
         Example:
             >>> from lightning_prune.schedules import EpochSchedule
@@ -70,6 +70,7 @@ class PruningPlan:
         """
         plural = "" if len(self.parameters) == 1 else "s"
         head = f"Pruning {len(self.parameters)} parameter{plural} with {self.total:,} weights"
+        head += "" if criterion is None else f" by {criterion!r}"
         if self.events is None:
             return f"{head}: when the schedule says so."
         when = [

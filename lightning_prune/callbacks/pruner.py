@@ -22,6 +22,7 @@ from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
 from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
+from lightning_prune.callbacks.resumption import skipped_epoch_end, skipped_validation
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import (
@@ -107,7 +108,8 @@ class Pruner:
             held=pruning_state.held(self.keeper.masks, self.state.pending),
         )
         preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
-        rank_zero_info(self.plan(module, names, exclude, self.clock.total(trainer)).summary())
+        plan = self.plan(module, names, exclude, self.clock.total(trainer))
+        rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         needs_no_look = not self.criterion.needs_scores or events == {}
         self.scorer.prepare(list(parameters), checked=needs_no_look)
         self.parameters = parameters
@@ -126,18 +128,37 @@ class Pruner:
         unit = self.clock.unit
         return make_plan(module, self.schedule, names, exclude, counts, already, unit)
 
-    def start(self, trainer: Trainer) -> None:
-        """Begin a new run, unless a checkpoint was loaded: what was left undone is not made up."""
-        if not self._restored:
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begin a new run, where what was left undone is not made up, or go on with one."""
+        if self._restored:
+            self._make_up(trainer, module)
+            if skipped_epoch_end(trainer) is not None:  # and the next one's start
+                self._take_snapshot(trainer, module)
+        else:
             passed = self.clock.passed(trainer)
             self.state = PruningState(history=self.state.history, next_count=passed)
+
+    def _make_up(self, trainer: Trainer, module: LightningModule) -> None:
+        """Decide what the checkpoint does not know yet and Lightning does not come back to."""
+        validated = self.criterion.needs_scores and self.scorer.loader is None
+        epoch = skipped_validation(trainer) if validated else skipped_epoch_end(trainer)
+        if epoch is None:
+            return
+        if self.clock.steps is not None:
+            if self.scores_in(trainer):
+                self.state.latest = self.scorer.score_validation(trainer, module)
+        elif self.state.pending is None and self.due(trainer, epoch) is not None:
+            self._decide(trainer, self._score_now(trainer, module), epoch)
 
     def start_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Look after new optimizers, take the snapshot to go back to, prune if that is due."""
         self.keeper.follow(trainer.optimizers)
+        self._take_snapshot(trainer, module)
+        self.prune_if_due(trainer, module)
+
+    def _take_snapshot(self, trainer: Trainer, module: LightningModule) -> None:
         if self.rewind is not None and trainer.current_epoch == self.rewind.epoch:
             self.state.snapshot = self.rewind.snapshot(trainer, module)
-        self.prune_if_due(trainer, module)
 
     def missed(self, trainer: Trainer) -> list[int]:
         """Return the counts whose targets were due and have made no event."""
@@ -181,9 +202,9 @@ class Pruner:
         ):
             self._decide_now(trainer, module)
 
-    def due(self, trainer: Trainer) -> Target | None:
+    def due(self, trainer: Trainer, count: int | None = None) -> Target | None:
         """Return the target to reach now; also one whose own epoch or round was missed."""
-        count = self.clock.latest(trainer)
+        count = self.clock.latest(trainer) if count is None else count
         targets = planned_targets(self.schedule, range(self.state.next_count, count + 1))
         if not targets:
             return None
@@ -197,19 +218,25 @@ class Pruner:
         return target
 
     def _decide_now(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.due(trainer) is None:
-            return
-        result: ScoringResult | None = ScoringResult({}, 0, 0.0, 0.0)
-        if self.criterion.needs_scores and self.scorer.loader is not None:
-            result = self.scorer.score_loader(trainer, module)
-        elif self.criterion.needs_scores:
-            result = self.state.latest
-        self._decide(trainer, result)
+        if self.due(trainer) is not None:
+            waits = self.criterion.needs_scores and self.scorer.loader is None
+            result = self.state.latest if waits else self._score_now(trainer, module)
+            self._decide(trainer, result)
 
-    def _decide(self, trainer: Trainer, result: ScoringResult | None) -> None:
-        target = self.due(trainer)
+    def _score_now(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        if not self.criterion.needs_scores:
+            return ScoringResult({}, 0, 0.0, 0.0)
+        if self.scorer.loader is not None:
+            return self.scorer.score_loader(trainer, module)
+        return self.scorer.score_validation(trainer, module)
+
+    def _decide(
+        self, trainer: Trainer, result: ScoringResult | None, epoch: int | None = None
+    ) -> None:
+        count = self.clock.latest(trainer) if epoch is None else epoch
+        target = self.due(trainer, count)
         if result is not None and target is not None:
-            count, epoch = self.clock.latest(trainer), trainer.current_epoch
+            epoch = trainer.current_epoch if epoch is None else epoch
             self.state.pending = PendingEvent(count, epoch, target, **vars(result))
 
     # ------------------------------------------------------------------ events
@@ -270,9 +297,14 @@ class Pruner:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (deepcopy, pickle) takes masks and history along, not the model's parameters.
+        return {**self.__dict__, "parameters": {}}
+
     def pack(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return replace(self.state, masks=self.keeper.masks).pack()
+        state = replace(self.state, masks=self.keeper.masks).pack()
+        return {**state, "scoring": self.scorer.pack()}
 
     def unpack(self, packed: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
@@ -280,4 +312,5 @@ class Pruner:
         self.keeper.update(state.masks)
         self.state = replace(state, masks={})
         self.scores = {}
+        self.scorer.unpack(packed["scoring"])
         self._restored = True

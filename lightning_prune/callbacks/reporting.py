@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune._targets import Target, Threshold, describe_target
@@ -121,6 +121,21 @@ def metrics(
     return found
 
 
+LENT = ("log", "log_dict")
+"""Methods of the model that Lightning hangs on its callbacks for a run and does not take back."""
+
+
+def give_back(callback: Callback) -> None:
+    """Take Lightning's log methods off a callback: they would keep the model of a run alive."""
+    for name in LENT:
+        callback.__dict__.pop(name, None)
+
+
+def without_lent(callback: Callback) -> dict[str, Any]:
+    """Return what a copy (deepcopy, pickle) of a callback takes along: not the model."""
+    return {name: value for name, value in callback.__dict__.items() if name not in LENT}
+
+
 def log_metrics(trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
     """Log scalars from an epoch hook by Lightning's own ``log``; one is for the progress bar."""
     if trainer.barebones:
@@ -137,6 +152,7 @@ def log_metrics(trainer: Trainer, pl_module: LightningModule, values: dict[str, 
 
 def log_after_fit(trainer: Trainer, values: dict[str, float]) -> None:
     """Write scalars straight to the loggers: after the last epoch Lightning's ``log`` is closed."""
+    values = {"epoch": max(0, trainer.current_epoch - 1), **values}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
 

@@ -168,7 +168,7 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pruner.start(trainer)
+        self._pruner.start(trainer, pl_module)
         self._pruner.scorer.look_ahead(trainer, pl_module, self._pruner.criterion.name)
 
     # ------------------------------------------------------------------ scoring
@@ -176,7 +176,7 @@ class SaliencyPruningCallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_fitting(trainer) and self._pruner.scores_in(trainer):
-            self._pruner.scorer.begin(pl_module)
+            self._pruner.scorer.begin(trainer, pl_module)
 
     @override
     def on_validation_batch_end(
@@ -190,7 +190,7 @@ class SaliencyPruningCallback(Callback):
     ) -> None:
         if trainer.sanity_checking and self._pruner.scorer.loader is None:
             self._pruner.scorer.look(pl_module, batch)
-        self._pruner.scorer.add(trainer, batch, dataloader_idx)
+        self._pruner.scorer.add(trainer, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -260,6 +260,10 @@ class SaliencyPruningCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pruner.let_go()
+        reporting.give_back(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return reporting.without_lent(self)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.augment.isolation import evaluating
 from lightning_prune.callbacks import preflight
-from lightning_prune.callbacks.resumption import on_device
+from lightning_prune.callbacks.resumption import on_device, starts_in_the_middle
 from lightning_prune.callbacks.scoring import (
     ScoringOptions,
     ScoringPass,
@@ -37,6 +37,8 @@ class Scorer:
         self.checked = False
         self._names: list[str] = []
         self._pass: ScoringPass | None = None
+        self._incomplete, self._step = False, 0
+        self._unfinished: dict[str, Any] | None = None  # a pass under way in the checkpoint
 
     @property
     def running(self) -> bool:
@@ -67,37 +69,66 @@ class Scorer:
         if batch is not None:
             self.look(module, batch)
 
-    def begin(self, module: LightningModule) -> None:
-        """Start a pass over the validation that begins now."""
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start a pass over the validation that begins now, or go on with one from a checkpoint."""
         self._pass = ScoringPass(module, self._names, self.options)
+        self._incomplete, self._step = starts_in_the_middle(trainer), trainer.global_step
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None and unfinished["step"] == self._step:
+            self._pass.load_state(unfinished)
 
-    def add(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+    def add(self, trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Score one of its batches; does nothing outside of a pass."""
         if self._pass is not None:
             with refused_in(trainer.current_epoch):
-                self._pass.add(batch)
+                self._pass.add(batch, trainer, dataloader_idx, batch_idx)
 
     def finish(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
         """End the pass and return what it found, ``None`` if that is nothing."""
         if self._pass is None:
             return None
         with refused_in(trainer.current_epoch):
+            if self._incomplete:
+                self._pass.complete(trainer)
             self._pass.add_generated(trainer, module)
             result = self._pass.finish(trainer)
         self.let_go()
         return result
 
+    def score_validation(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        """Score the validation batches now, in a resumed run that does not come to validate."""
+        self.begin(trainer, module)
+        self._incomplete = True
+        with evaluating(module):
+            return self.finish(trainer, module)
+
     def score_loader(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
         """Score the batches of the own loader, now; each process takes its part of them."""
-        self.begin(module)
+        scoring = self._pass = ScoringPass(module, self._names, self.options)
+        self._incomplete = False
         with evaluating(module), isolate_rng():
             for i, batch in enumerate(resolve_loader(self.loader, trainer, module)):
                 if i % trainer.world_size == trainer.global_rank:
-                    self.add(trainer, on_device(trainer, batch), 0)
+                    with refused_in(trainer.current_epoch):
+                        scoring.add(on_device(trainer, batch))
             return self.finish(trainer, module)
+
+    def pack(self) -> dict[str, Any] | None:
+        """Return the sums of a pass under way, for :meth:`unpack`; ``None`` if there are none."""
+        state = None if self._pass is None else self._pass.state()
+        return None if state is None else {**state, "step": self._step}
+
+    def unpack(self, state: dict[str, Any] | None) -> None:
+        """Have the next pass go on from these sums, if no training step comes between."""
+        self._unfinished = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass hangs on the model that is being scored; a copy starts without one.
+        return {**self.__dict__, "_pass": None}
 
     def let_go(self) -> None:
         """End whatever is under way without a result."""
+        self._unfinished = None
         if self._pass is not None:
             self._pass.close()
             self._pass = None

@@ -18,6 +18,7 @@ from lightning_prune.augment.mixing import Distillation, Likelihood
 from lightning_prune.augment.pictures import log_picture
 from lightning_prune.augment.teacher import Teacher
 from lightning_prune.callbacks.co_training import CoTraining, RunningMeans
+from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.saliency import default_forward
 
@@ -268,6 +269,7 @@ class VAEAugmentCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._training.form = self._generated = None  # hold on to none of the user's data
+        give_back(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -281,7 +283,7 @@ class VAEAugmentCallback(Callback):
         self._teacher = None if weights is None else Teacher(weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_student": None}  # a weak reference cannot be pickled
+        return {**without_lent(self), "_student": None}  # a weak reference cannot be pickled
 
     def _join(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._generated is not None and self._teacher is not None:

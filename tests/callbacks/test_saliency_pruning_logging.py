@@ -139,7 +139,10 @@ def test_lines_during_the_work_and_a_table_at_the_end(caplog) -> None:
         fit(pruner)
     text = [record.getMessage() for record in caplog.records]
     assert any(
-        "2 parameters with 1,776 weights by 'taylor': epoch 0: 50.0 %, epoch 1:" in t for t in text
+        "2 parameters with 1,776 weights by 'taylor': epoch 0: 50.0 % (888), epoch 1:" in t
+        and "Left out:" in t
+        and "a bias: net.0.bias, net.1.bias, net.3.bias" in t
+        for t in text
     )
     assert sum(t.startswith("Epoch 0: pruned to 50.0 % (888 of 1,776") for t in text) == 1
     assert sum(pruner.report() in t for t in text) == 1

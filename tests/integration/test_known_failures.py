@@ -180,7 +180,6 @@ class Everything(Digits):
         return self.output(self.hidden(tokens.flatten(1)).relu())
 
 
-@pytest.mark.xfail(strict=True, reason="patterns to exclude are not connected yet")
 def test_norms_and_biases_stay_and_so_does_what_is_excluded() -> None:
     model, pruner = Everything(), SaliencyPruningCallback({0: 0.9}, exclude=["embedding*", "out*"])
     trainer(pruner, max_epochs=2).fit(model, *loaders())
@@ -255,9 +254,6 @@ def test_the_same_model_and_callback_in_one_fit_after_another() -> None:
     assert all(not (other.masks[name] & ~masks[name]).any() for name in masks)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Lightning's log methods and the parameters stay on the callback"
-)
 def test_a_callback_that_lives_on_keeps_no_model_alive() -> None:
     pruner = SaliencyPruningCallback({0: 0.5, 1: 0.8})
     models = []
@@ -315,9 +311,6 @@ class WithoutModel(pickle.Pickler):
         assert not isinstance(thing, (nn.Module, nn.Parameter, L.Trainer, torch.optim.Optimizer))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Lightning's log methods and the parameters stay on the callback"
-)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_copy_takes_nothing_of_the_run_along(hook) -> None:
     class Storing(Copier):

@@ -145,23 +145,69 @@ def test_sparse_gradients() -> None:
                     assert_masked(state, mask)
 
 
-def test_a_step_with_a_closure_is_followed_too(digits) -> None:
-    model = make_model()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    masks = random_masks(model)
-    keeper = MaskKeeper(masks).attach(dict(model.named_parameters()), [optimizer])
-
+def closure_of(model, optimizer, digits):
     def closure():
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(digits[0]), digits[1])
         loss.backward()
-        keeper.zero_gradients()
         return loss
 
-    for _ in range(3):
-        optimizer.step(closure)
+    return closure
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_momenta_stay_zero_in_a_step_with_a_closure(kind, by_name, digits) -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    masks = random_masks(model)
+    closure = closure_of(model, optimizer, digits)
+    with MaskKeeper(masks).attach(dict(model.named_parameters()), [optimizer]):
+        for _ in range(3):
+            loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+            assert loss > 0  # the closure's own result comes through
+            for name, mask in masks.items():
+                assert_masked(model.get_parameter(name), mask)
+                for state in optimizer.state[model.get_parameter(name)].values():
+                    if isinstance(state, torch.Tensor) and state.shape == mask.shape:
+                        assert state[~mask].eq(0).all()
+
+
+def test_every_evaluation_of_lbfgs_is_of_masked_weights(digits) -> None:
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    masks, parameters = random_masks(model), dict(model.named_parameters())
+    closure = closure_of(model, optimizer, digits)
+
+    def watched():
         for name, mask in masks.items():
-            assert_masked(model.get_parameter(name), mask)
+            assert parameters[name].detach()[~mask].eq(0).all()
+        return closure()
+
+    optimizer.step(closure)  # a history of steps that moved every weight
+    keeper = MaskKeeper().attach(parameters, [optimizer])
+    keeper.update(masks)
+    for _ in range(3):
+        optimizer.step(watched)
+    history = optimizer.state[model[0].weight]
+    assert len(history["old_dirs"]) > 1
+    keeper.update(masks)
+    assert optimizer.state[model[0].weight] is history
+    assert len(history["old_dirs"]) > 1  # nothing new: nothing forgotten
+    keeper.update(random_masks(model, density=0.1))
+    assert not optimizer.state[model[0].weight]
+    keeper.release()
+
+
+def test_an_optimizer_that_joins_brings_no_momentum_along(digits) -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    train(model, optimizer, digits)
+    masks = random_masks(model)
+    with MaskKeeper(masks).attach(dict(model.named_parameters()), []) as keeper:
+        keeper.follow([optimizer])
+        for name, mask in masks.items():
+            assert_masked(optimizer.state[model.get_parameter(name)]["exp_avg"], mask)
 
 
 def test_frozen_parameters_are_masked_and_stay_frozen(digits) -> None:
