@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=8, help="of a fit; the first two do not count"
     )
-    parser.add_argument("--pretrain", type=int, default=5, help="epochs before all fits")
+    parser.add_argument("--pretrain", type=int, default=15, help="epochs before all fits")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adam"])
     parser.add_argument("--flush-denormals", action="store_true", help="numbers < 1e-38 are zero")

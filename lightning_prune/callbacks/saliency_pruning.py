@@ -228,7 +228,14 @@ class SaliencyPruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # A run resumed between two epochs may come here without on_train_epoch_start.
+        self._pruner.keeper.follow(trainer.optimizers)
         self._pruner.prune_if_due(trainer, pl_module)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In manual optimization `self.clip_gradients` comes before the next hook.
+        if not pl_module.automatic_optimization:
+            self._pruner.keeper.zero_gradients()
 
     @override
     def on_before_optimizer_step(

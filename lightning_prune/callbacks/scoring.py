@@ -19,10 +19,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
+from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.saliency import Likelihood, SaliencyAccumulator, Target, unwrap_logits
+from lightning_prune.saliency import (
+    Likelihood,
+    SaliencyAccumulator,
+    Target,
+    default_forward,
+    unwrap_logits,
+)
 from lightning_prune.saliency.parameters import check_scores
 
 
@@ -121,13 +128,16 @@ class ScoringPass:
     """
 
     def __init__(self, module: nn.Module, names: list[str], options: ScoringOptions) -> None:
+        self._module = module
         self._accumulator = options.accumulator(module, names)
         self._accumulator.distributed_available_fn = _alone  # the sums are reduced in `finish`
         self._seconds = 0.0
         self._outputs: list[Any] = []
         self._hook = None if options.forward else module.register_forward_hook(self._see)
         self._shard: Shard | None = None
+        self._pool = Pool()
         self._seen: set[tuple[int, int]] = set()
+        self._waiting: set[tuple[int, int]] = set()  # of these: in the pool
         self._scored_here = False
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -162,15 +172,35 @@ class ScoringPass:
             if (dataloader_idx, batch_idx) in self._seen:
                 return
             self._seen.add((dataloader_idx, batch_idx))
+            self._waiting.add((dataloader_idx, batch_idx))
         logits = _logits(outputs)
         if trainer is not None:
             self._shard = self._shard or Shard(validation_loaders(trainer))
             batch, logits = self._shard.cut(batch, logits, dataloader_idx)
         if batch is not None:
-            self._accumulator.update(batch, logits)
-            self._scored_here = True
-        self._outputs.clear()  # the scoring pass runs the model, too
+            self._put(batch, logits)
         self._seconds += time.perf_counter() - start
+
+    def _put(self, batch: Any, logits: Tensor | None) -> None:
+        # Without logits a pass over the batch comes first, and that over a whole pool may be large.
+        if logits is not None and self._pool.put(batch, logits):
+            if self._pool.full:
+                self._score_pool()
+            return
+        self._score_pool()
+        if logits is None or not self._pool.put(batch, logits):
+            self._score(batch, logits)
+            self._waiting.clear()
+
+    def _score_pool(self) -> None:
+        if (pooled := self._pool.take()) is not None:
+            self._score(*pooled)
+        self._waiting.clear()
+
+    def _score(self, batch: Any, logits: Tensor | None) -> None:
+        self._accumulator.update(batch, logits)
+        self._scored_here = True
+        self._outputs.clear()  # the scoring pass runs the model, too
 
     def complete(self, trainer: Trainer) -> None:
         """Score the batches of the fit's validation that have not been added.
@@ -180,10 +210,15 @@ class ScoringPass:
         """
         with isolate_rng():  # to iterate a loader draws a seed
             for batch, batch_idx, dataloader_idx in validation_batches(trainer):
+                if (dataloader_idx, batch_idx) not in self._seen and self._hook is not None:
+                    # As the validation step does it, so that pools and scores are the same.
+                    with torch.no_grad(), trainer.precision_plugin.forward_context():
+                        default_forward(self._module, batch)
                 self.add(batch, trainer, dataloader_idx, batch_idx)
 
     def add_generated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score what other callbacks put beside the real samples seen so far."""
+        self._score_pool()
         real = self._accumulator.samples
         for source in batch_sources(trainer):
             if real and "saliency" in source.inject:
@@ -199,8 +234,9 @@ class ScoringPass:
             SaliencyError: A parameter never had a gradient path to the output.
             NonFiniteScoresError: A score is not finite.
         """
-        self.close()
         start = time.perf_counter()
+        self._score_pool()
+        self.close()
         mine = self._accumulator
         counts = torch.stack([mine.samples_seen, mine.energy, mine.dropped])
         samples, energy, dropped = _sum(trainer, counts).tolist()
@@ -219,7 +255,8 @@ class ScoringPass:
         """Return the sums so far in plain tensors and containers, for :meth:`load_state`.
 
         ``None`` where several processes score: a checkpoint holds what one of them knows. The
-        resumed run then scores all batches anew, see :meth:`complete`.
+        resumed run then scores all batches anew, see :meth:`complete`. What waits in a pool counts
+        as not seen: its batches come again, in the same pool.
         """
         if _is_distributed():
             return None
@@ -227,7 +264,7 @@ class ScoringPass:
         return {
             "sums": {name: total.detach().cpu().clone() for name, total in mine.sums.items()},
             "counts": [float(mine.samples_seen), float(mine.energy), float(mine.dropped)],
-            "seen": sorted(self._seen),
+            "seen": sorted(self._seen - self._waiting),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -47,26 +47,6 @@ OPTIMIZERS = {
 }
 
 
-class Pruner(SaliencyPruningCallback):
-    """Masks the averages wherever new masks may have come into force."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        mask_averages(trainer, self.masks)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        mask_averages(trainer, self.masks)
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not pl_module.automatic_optimization:  # clipping is the module's, at any time from now
-            self._pruner.keeper.zero_gradients()
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        mask_averages(trainer, self.masks)
-
-
 class Inspector(L.Callback):
     """After every training batch: weights, momenta and averages of masked weights are zero."""
 
@@ -101,7 +81,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]
 
 def inspected_fit(*others: L.Callback, model: Digits, fitted: Any = None, **kwargs: Any):
     """Fit, and return who inspected each step; the model is 80 % sparse at the end, exactly."""
-    pruner = Pruner(SCHEDULE)
+    pruner = SaliencyPruningCallback(SCHEDULE)
     inspector = Inspector(pruner)
     fitted = model if fitted is None else fitted
     fit(*others, pruner, inspector, model=fitted, **{"max_epochs": 4, **kwargs})
@@ -134,7 +114,7 @@ def test_a_flat_history_from_before_the_event_moves_no_masked_weight() -> None:
 
     made = []
     model = make_model(optimizer=lambda p: made.append(Watched(p, lr=0.1, max_iter=3)) or made[-1])
-    pruner = Pruner(SCHEDULE)
+    pruner = SaliencyPruningCallback(SCHEDULE)
     fit(pruner, model=model, max_epochs=4)
     assert pruner.sparsity == pytest.approx(0.8, abs=1e-3)
     assert made[0].seen == 0.0
@@ -243,7 +223,7 @@ class Clipped(Digits):
 def test_gradients_of_masked_weights_do_not_count_in_clipping(algorithm) -> None:
     torch.manual_seed(1)
     model = Clipped()
-    pruner = Pruner({0: 0.8})
+    pruner = SaliencyPruningCallback({0: 0.8})
     fit(
         pruner,
         Inspector(pruner),
@@ -273,7 +253,7 @@ def test_clipping_in_manual_optimization() -> None:
     torch.manual_seed(1)
     model = ManuallyClipped()
     model.automatic_optimization = False
-    fit(Pruner({0: 0.8}), model=model)
+    fit(SaliencyPruningCallback({0: 0.8}), model=model)
     for gradients in model.seen[5:]:
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
         assert norm == pytest.approx(1e-3, rel=2e-3)
@@ -322,7 +302,7 @@ def sparse_to(state: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", ["mean", "ema", "swa"])
 def test_averages_and_their_checkpoints_are_sparse(kind, first, tmp_path) -> None:
-    average, pruner, model = averaging(kind), Pruner(SCHEDULE), make_model()
+    average, pruner, model = averaging(kind), SaliencyPruningCallback(SCHEDULE), make_model()
     inspector = Inspector(pruner)
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     order = [average, pruner] if first else [pruner, average]
@@ -338,7 +318,7 @@ def test_averages_and_their_checkpoints_are_sparse(kind, first, tmp_path) -> Non
 
 @pytest.mark.parametrize("kind", ["mean", "ema", "swa"])
 def test_an_event_after_the_last_epoch(kind) -> None:
-    model, pruner = make_model(), Pruner({2: 0.6})
+    model, pruner = make_model(), SaliencyPruningCallback({2: 0.6})
     fit(averaging(kind), pruner, model=model, max_epochs=3)
     assert pruner.history[-1]["epoch"] == 2
     assert zeros(model) == round(0.6 * TOTAL)
@@ -348,7 +328,7 @@ def test_an_event_after_the_last_epoch(kind) -> None:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_averages_stay_sparse_in_a_resumed_run(kind, tmp_path) -> None:
     def parts():
-        pruner = Pruner(SCHEDULE)
+        pruner = SaliencyPruningCallback(SCHEDULE)
         saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
         return [averaging(kind), pruner, Inspector(pruner), saved]
 

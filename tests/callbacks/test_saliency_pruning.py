@@ -44,7 +44,7 @@ OPTIMIZERS = {
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The epochs and stages in which a batch was scored."""
+    """How many samples were scored at a time; the batches of a validation are scored as one."""
     calls = []
     original = SaliencyAccumulator.update
 
@@ -160,9 +160,9 @@ def test_scoring_happens_in_event_epochs_only(scored) -> None:
     model = make_model()
     t = trainer(pruner, max_epochs=3, num_sanity_val_steps=2)
     t.fit(model, *loaders())
-    assert scored == [50, 50, 28]  # one validation: three batches
+    assert scored == [128]  # one validation
     t.validate(model, loaders()[1], verbose=False)
-    assert scored == [50, 50, 28]
+    assert scored == [128]
     assert len(pruner.history) == 1
 
 
@@ -171,7 +171,7 @@ def test_of_several_validations_in_an_epoch_the_last_counts(scored, every_n_epoc
     interval = 0.4 if every_n_epochs else 2  # of 5 batches: after the 2nd and 4th
     pruner = SaliencyPruningCallback({0: 0.5})
     fit(pruner, val_check_interval=interval, check_val_every_n_epoch=every_n_epochs, max_epochs=2)
-    assert scored == [50, 50, 28]
+    assert scored == [128]
     assert [(r["epoch"], r["samples"]) for r in pruner.history] == [(0, 128)]
 
 
@@ -184,7 +184,7 @@ def test_where_the_last_cannot_be_known_earlier_ones_are_forgotten(scored) -> No
     pruner = SaliencyPruningCallback({0: 0.5})
     t = trainer(pruner, max_epochs=1, val_check_interval=2)
     t.fit(make_model(), DataLoader(Stream(), batch_size=64), loaders()[1])
-    assert scored == [50, 50, 28] * 2
+    assert scored == [128] * 2
     assert pruner.history[0]["samples"] == 128
 
 
