@@ -111,6 +111,9 @@ class SaliencyPruningCallback(Callback):
             rewind=rewind,
         )
         self._logged_epoch = -1
+        # Lightning asks for it several times a step.
+        others = {} if self._exclude is None else {"exclude": self._exclude}
+        self._key = self._generate_state_key(parameters=self._names, **others)
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -278,8 +281,7 @@ class SaliencyPruningCallback(Callback):
     @override
     def state_key(self) -> str:
         """Tell apart several pruners in one Trainer, which prune different parameters."""
-        others = {} if self._exclude is None else {"exclude": self._exclude}
-        return self._generate_state_key(parameters=self._names, **others)
+        return self._key
 
     @override
     def state_dict(self) -> dict[str, Any]:
