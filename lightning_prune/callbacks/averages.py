@@ -34,7 +34,7 @@ def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     Args:
         trainer: A Trainer after its callbacks' ``setup``, where the copies are made.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in getattr(trainer, "callbacks", ()):
         yield from _copies_of(callback)
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
+from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
@@ -179,6 +180,8 @@ class ScoringPass:
             batch, logits = self._shard.cut(batch, logits, dataloader_idx)
         if batch is not None:
             self._put(batch, logits)
+        if trainer is not None and next(averaged_copies(trainer), None) is not None:
+            self._score_pool()  # averaged weights are lent to the model until the last batch
         self._seconds += time.perf_counter() - start
 
     def _put(self, batch: Any, logits: Tensor | None) -> None:
