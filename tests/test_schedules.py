@@ -112,7 +112,8 @@ def test_every_fault_is_in_one_message(make, faults) -> None:
 
 
 def test_decreasing_thresholds_are_allowed() -> None:
-    EpochSchedule({1: Threshold(1e-2), 2: Threshold(1e-4)})
+    schedule = EpochSchedule({1: Threshold(1e-2), 2: Threshold(1e-4)})
+    assert schedule(2) == Threshold(1e-4)
 
 
 @pytest.mark.parametrize("other", [0.5, None, "cubic", [0.5], CubicSchedule])

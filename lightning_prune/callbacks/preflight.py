@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_prune._targets import Target
 from lightning_prune.augment.isolation import evaluating
 from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import find_prunable
@@ -241,7 +242,4 @@ def peek_batch(trainer: Trainer) -> Any:
             batch = loader.collate_fn(first if loader.batch_size else first[0])
         except (TypeError, KeyError, IndexError, NotImplementedError):
             return None  # not indexed by 0, 1, ...: the first scored batch will have to tell
-        # The way of a batch in Lightning's evaluation loop:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return on_device(trainer, batch)

@@ -140,8 +140,8 @@ class Pruner:
 
     def _make_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide what the checkpoint does not know yet and Lightning does not come back to."""
-        validated = self.criterion.needs_scores and self.scorer.loader is None
-        epoch = skipped_validation(trainer) if validated else skipped_epoch_end(trainer)
+        skipped = skipped_validation if self._by_validation else skipped_epoch_end
+        epoch = skipped(trainer)
         if epoch is None:
             return
         if self.clock.steps is not None:
@@ -174,9 +174,14 @@ class Pruner:
 
     # ------------------------------------------------------------------ decisions
 
+    @property
+    def _by_validation(self) -> bool:
+        """Whether events wait for the scores of a validation."""
+        return self.criterion.needs_scores and self.scorer.loader is None
+
     def scores_in(self, trainer: Trainer) -> bool:
         """Tell whether the validation that begins now is to be scored."""
-        if not self.criterion.needs_scores or self.scorer.loader is not None:
+        if not self._by_validation:
             return False
         if self.clock.steps is not None:
             last = self.schedule.last_epoch
@@ -197,9 +202,7 @@ class Pruner:
 
     def after_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide on an event that needs no validation."""
-        if self.clock.steps is None and (
-            not self.criterion.needs_scores or self.scorer.loader is not None
-        ):
+        if self.clock.steps is None and not self._by_validation:
             self._decide_now(trainer, module)
 
     def due(self, trainer: Trainer, count: int | None = None) -> Target | None:
@@ -219,8 +222,8 @@ class Pruner:
 
     def _decide_now(self, trainer: Trainer, module: LightningModule) -> None:
         if self.due(trainer) is not None:
-            waits = self.criterion.needs_scores and self.scorer.loader is None
-            result = self.state.latest if waits else self._score_now(trainer, module)
+            known = self._by_validation
+            result = self.state.latest if known else self._score_now(trainer, module)
             self._decide(trainer, result)
 
     def _score_now(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:

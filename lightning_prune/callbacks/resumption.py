@@ -55,6 +55,11 @@ def starts_in_the_middle(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready > 0
 
 
+def is_last_batch(trainer: Trainer) -> bool:
+    """Tell, at the end of a validation batch, whether it was the fit's validation's last one."""
+    return trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
+
+
 def validation_batches(trainer: Trainer) -> Iterator[tuple[Any, int, int]]:
     """Yield what a validation of this fit would see: batch, its index, its loader's index."""
     loop = trainer.fit_loop.epoch_loop.val_loop

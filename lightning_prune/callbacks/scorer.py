@@ -13,7 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.augment.isolation import evaluating
 from lightning_prune.callbacks import preflight
-from lightning_prune.callbacks.resumption import on_device, starts_in_the_middle
+from lightning_prune.callbacks.resumption import (
+    is_last_batch,
+    on_device,
+    starts_in_the_middle,
+)
 from lightning_prune.callbacks.scoring import (
     ScoringOptions,
     ScoringPass,
@@ -82,6 +86,10 @@ class Scorer:
         if self._pass is not None:
             with refused_in(trainer.current_epoch):
                 self._pass.add(batch, trainer, dataloader_idx, batch_idx)
+                # Before anybody's next hook: averaged weights are lent to the model until then.
+                # Where batches are still to be made up for, they are to come into the same pools.
+                if not self._incomplete and is_last_batch(trainer):
+                    self._pass.score_pool()
 
     def finish(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
         """End the pass and return what it found, ``None`` if that is nothing."""

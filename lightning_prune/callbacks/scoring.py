@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
-from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
@@ -180,22 +179,21 @@ class ScoringPass:
             batch, logits = self._shard.cut(batch, logits, dataloader_idx)
         if batch is not None:
             self._put(batch, logits)
-        if trainer is not None and next(averaged_copies(trainer), None) is not None:
-            self._score_pool()  # averaged weights are lent to the model until the last batch
         self._seconds += time.perf_counter() - start
 
     def _put(self, batch: Any, logits: Tensor | None) -> None:
         # Without logits a pass over the batch comes first, and that over a whole pool may be large.
         if logits is not None and self._pool.put(batch, logits):
             if self._pool.full:
-                self._score_pool()
+                self.score_pool()
             return
-        self._score_pool()
+        self.score_pool()
         if logits is None or not self._pool.put(batch, logits):
             self._score(batch, logits)
             self._waiting.clear()
 
-    def _score_pool(self) -> None:
+    def score_pool(self) -> None:
+        """Score the batches that wait for others, with the weights as they are now."""
         if (pooled := self._pool.take()) is not None:
             self._score(*pooled)
         self._waiting.clear()
@@ -221,7 +219,7 @@ class ScoringPass:
 
     def add_generated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score what other callbacks put beside the real samples seen so far."""
-        self._score_pool()
+        self.score_pool()
         real = self._accumulator.samples
         for source in batch_sources(trainer):
             if real and "saliency" in source.inject:
@@ -238,7 +236,7 @@ class ScoringPass:
             NonFiniteScoresError: A score is not finite.
         """
         start = time.perf_counter()
-        self._score_pool()
+        self.score_pool()
         self.close()
         mine = self._accumulator
         counts = torch.stack([mine.samples_seen, mine.energy, mine.dropped])

@@ -1,11 +1,12 @@
 """Masked weights are exactly zero: now, and after every optimizer step.
 
-Per step the work is two passes over the weights (gradients before the update, weights after it),
-each a bitwise *and* with a pattern of ones and zeros. That runs at memory speed, where
-``masked_fill_`` takes ten times as long, and unlike a multiplication it leaves neither ``-0.0`` nor
-a NaN behind. One pass over the weights of a LeNet-5 took 15 microseconds on one CPU thread. The
-second pass looks redundant, and is for SGD or Adam: without gradient and momentum a zero stays
-zero. It is kept, since for an optimizer that adds noise or projects, nobody could promise that.
+Per step the work is two passes over the weights, gradients before the update and weights after it
+(three under Lightning, where gradients are also zeroed before they are clipped), each a bitwise
+*and* with a pattern of ones and zeros. That runs at memory speed, where ``masked_fill_`` takes ten
+times as long, and unlike a multiplication it leaves neither ``-0.0`` nor a NaN behind. One pass
+over the weights of a LeNet-5 took 15 microseconds on one CPU thread. The second pass looks
+redundant, and is for SGD or Adam: without gradient and momentum a zero stays zero. It is kept,
+since for an optimizer that adds noise or projects, nobody could promise that.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def scored(batches: list[Any], **options: Any) -> tuple[dict[str, torch.Tensor],
         with torch.no_grad():
             model(batch[0])
         scoring.add(batch)
-    scoring._score_pool()
+    scoring.score_pool()
     scoring.close()
     exact = squared_gradients(model, batches, parameters=names, **options)
     found = scoring._accumulator.compute()

@@ -69,7 +69,7 @@ def test_logits_of_the_step_are_used_where_they_can_be(
         with torch.no_grad():
             run(model, part)
         scoring.add(part)
-    scoring._score_pool()
+    scoring.score_pool()
     scoring.close()
     assert given == ([True] if reused else [False, False])  # known logits: both batches as one
     assert not model._forward_hooks
@@ -88,7 +88,7 @@ def test_a_forward_pass_is_saved() -> None:
             model(x)
         model.seen = 0
         scoring.add(x)
-        scoring._score_pool()
+        scoring.score_pool()
         scoring.close()
         seen[reuse] = model.seen
     assert seen[False] - seen[True] == 64
@@ -124,7 +124,7 @@ def test_samples_repeated_to_make_shards_even_are_left_out(processes: int) -> No
                 with torch.no_grad():
                     model(x)  # whose logits are cut with the batch
                 scoring.add((x,), trainer, dataloader_idx)
-        scoring._score_pool()
+        scoring.score_pool()
         scoring.close()
         passes.append(scoring._accumulator)
     expected = squared_gradients(model, [first, second], tolerance=1e-3, parameters=passes[0].names)
