@@ -31,7 +31,7 @@ from lightning_prune.callbacks.scoring import (
     is_last_validation,
     refused_in,
 )
-from lightning_prune.masking import MaskKeeper, sparsity
+from lightning_prune.masking import MaskKeeper, count_removed
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
 
@@ -124,7 +124,7 @@ class Pruner:
         counts: int | None = None,
     ) -> PruningPlan:
         """Return what a fit of so many epochs (or rounds) is going to prune."""
-        already = sum(int((~mask).sum()) for mask in self.keeper.masks.values())
+        already, _ = count_removed(self.keeper.masks)
         unit = self.clock.unit
         return make_plan(module, self.schedule, names, exclude, counts, already, unit)
 
@@ -212,11 +212,11 @@ class Pruner:
         if not targets:
             return None
         target = list(targets.values())[-1]
-        total = sum(parameter.numel() for parameter in self.parameters.values())
-        removed = sparsity(self.keeper.masks)
-        if isinstance(target, float) and round(target * total) < round(removed * total):
+        removed, total = count_removed(self.keeper.masks)  # none of none before the first event
+        if isinstance(target, float) and round(target * total) < removed:
             self._done(count)
-            rank_zero_info(reporting.already_line(self.clock.unit, count, target, removed))
+            line = reporting.already_line(self.clock.unit, count, target, removed / total)
+            rank_zero_info(line)
             return None
         return target
 

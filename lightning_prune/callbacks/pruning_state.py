@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune._targets import Target, Threshold
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.scoring import ScoringResult
-from lightning_prune.masking import density, pack_masks, sparsity, unpack_masks
+from lightning_prune.masking import count_removed, density, pack_masks, sparsity, unpack_masks
 
 VERSION = 2
 
@@ -87,13 +87,14 @@ def make_record(
         step: The optimizer steps done so far.
         seconds: The time that selection took, beside scoring.
     """
+    removed, total = count_removed(after)
     return PruningRecord(
         epoch=event.epoch,
         step=step,
         target=event.target,
         sparsity=sparsity(after),
-        kept=sum(int(mask.sum()) for mask in after.values()),
-        total=sum(mask.numel() for mask in after.values()),
+        kept=total - removed,
+        total=total,
         density=density(after),
         threshold=_largest_removed(scores, before, after),
         samples=event.samples,

@@ -162,7 +162,7 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = [c for c in callbacks_of(trainer) if isinstance(c, SaliencyPruningCallback)]
+        others = pruners_of(trainer)
         index = others.index(self)
         taken = {name for other in others[:index] for name in other._pruner.parameters}
         self._pruner.set_up(trainer, pl_module, self._names, self._exclude, taken)
@@ -298,6 +298,11 @@ class SaliencyPruningCallback(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reporting.log_metrics(trainer, pl_module, self._metrics())
         self._logged_epoch = trainer.current_epoch
+
+
+def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:
+    """Return the pruners among a Trainer's callbacks."""
+    return [c for c in callbacks_of(trainer) if isinstance(c, SaliencyPruningCallback)]
 
 
 def _as_names(**argument: list[str] | None) -> list[str] | None:

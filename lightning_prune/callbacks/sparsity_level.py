@@ -14,16 +14,12 @@ from torch import Tensor
 
 from lightning_prune._targets import Threshold, target_fault
 from lightning_prune.callbacks.preflight import PruningSetupError
-from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback, pruners_of
 from lightning_prune.callbacks.scoring import callbacks_of
+from lightning_prune.masking import count_removed
 
 DIGITS = 4
 """Sparsities that agree to so many decimals are one level; file names show as many."""
-
-
-def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:
-    """Return the pruners among a Trainer's callbacks."""
-    return [c for c in callbacks_of(trainer) if isinstance(c, SaliencyPruningCallback)]
 
 
 def check_target(target: Any) -> None:
@@ -74,10 +70,8 @@ def sparsity_in_force(trainer: Trainer) -> float:
     """
     removed = total = 0
     for pruner in pruners_of(trainer):
-        masks = pruner.masks
-        weights = masks or pruner._pruner.parameters  # no masks before the first event
-        removed += sum(int((~mask).sum()) for mask in masks.values())
-        total += sum(weight.numel() for weight in weights.values())
+        removed += count_removed(pruner.masks)[0]
+        total += sum(weight.numel() for weight in pruner._pruner.parameters.values())
     return removed / max(1, total)
 
 

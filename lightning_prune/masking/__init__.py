@@ -10,12 +10,13 @@ from __future__ import annotations
 from lightning_prune.masking.apply import MaskKeeper
 from lightning_prune.masking.packing import pack_masks, unpack_masks
 from lightning_prune.masking.prunable import Prunable, find_prunable
-from lightning_prune.masking.statistics import SparsityMetric, density, sparsity
+from lightning_prune.masking.statistics import SparsityMetric, count_removed, density, sparsity
 
 __all__ = [
     "MaskKeeper",
     "Prunable",
     "SparsityMetric",
+    "count_removed",
     "density",
     "find_prunable",
     "pack_masks",

@@ -39,8 +39,25 @@ def sparsity(model_or_masks: nn.Module | Mapping[str, Tensor]) -> float:
         >>> sparsity({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
         0.75
     """
-    removed, total = _count(model_or_masks)
+    removed, total = count_removed(model_or_masks)
     return removed / max(1, total)
+
+
+def count_removed(model_or_masks: nn.Module | Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return how many weights are removed, and how many there are in all.
+
+    The argument and the errors are those of :func:`sparsity`.
+
+    Example:
+        >>> count_removed({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
+        (3, 4)
+    """
+    if isinstance(model_or_masks, nn.Module):
+        weights = find_prunable(model_or_masks).parameters.values()
+        kept = [weight.detach() != 0 for weight in weights]
+    else:
+        kept = _checked_masks(model_or_masks)
+    return sum(int((~mask).sum()) for mask in kept), sum(mask.numel() for mask in kept)
 
 
 class SparsityMetric(Metric):
@@ -70,23 +87,13 @@ class SparsityMetric(Metric):
 
     def update(self, model_or_masks: nn.Module | Mapping[str, Tensor]) -> None:
         """Count the removed and all weights of masks, or of a model."""
-        removed, total = _count(model_or_masks)
+        removed, total = count_removed(model_or_masks)
         self.removed += removed
         self.total += total
 
     def compute(self) -> Tensor:
         """Return the share removed, 0 if there are no weights."""
         return self.removed / self.total.clamp(min=1)
-
-
-def _count(model_or_masks: nn.Module | Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the numbers of removed and of all weights."""
-    if isinstance(model_or_masks, nn.Module):
-        weights = find_prunable(model_or_masks).parameters.values()
-        kept = [weight.detach() != 0 for weight in weights]
-    else:
-        kept = _checked_masks(model_or_masks)
-    return sum(int((~mask).sum()) for mask in kept), sum(mask.numel() for mask in kept)
 
 
 def _checked_masks(masks: Any) -> list[Tensor]:
