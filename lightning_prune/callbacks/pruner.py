@@ -270,8 +270,8 @@ class Pruner:
             selected = self.selection(scores, event.target, masks=before, saliency=saliency)
         for source in batch_sources(trainer):
             source.before_pruning(trainer, module)
-        if self.rewind is not None and self.state.snapshot is not None and not last:
-            self.rewind.restore(trainer, module, self.state.snapshot)
+        if self.rewind is not None and not last:
+            self._rewind_to(self.rewind, trainer, module)
         self.keeper.update(selected.masks)
         mask_averages(trainer, selected.masks)
         self.scores = {name: score.cpu() for name, score in scores.items()}
@@ -290,6 +290,15 @@ class Pruner:
         if selected.guarded:
             rank_zero_warn(reporting.guarded_line(event.epoch, selected.guarded, record["density"]))
         reporting.log_histograms(trainer, scores, before, self.prefix)
+
+    def _rewind_to(self, rewind: Rewind, trainer: Trainer, module: LightningModule) -> None:
+        if self.state.snapshot is None:  # rounds of steps may end before any epoch
+            rank_zero_warn(
+                f"{rewind} has nothing to go back to at the event of epoch {trainer.current_epoch}:"
+                f" the fit has not seen the start of epoch {rewind.epoch}. The weights stay."
+            )
+            return
+        rewind.restore(trainer, module, self.state.snapshot)
 
     def _done(self, count: int) -> None:
         """Note that all targets up to ``count`` are dealt with; scores are kept for later ones."""

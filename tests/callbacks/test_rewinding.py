@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lightning_prune import Rewind, SaliencyPruningCallback
-from tests.callbacks.pruning_cases import QUIET, Digits, loaders, make_model, weights
+from tests.callbacks.pruning_cases import (
+    QUIET,
+    Digits,
+    loaders,
+    make_model,
+    warnings_of,
+    weights,
+)
 
 SCHEDULE = {2: 0.5, 4: 0.8}
 
@@ -120,6 +127,15 @@ def test_the_end_of_a_fit_goes_back_to_nothing() -> None:
     kept = pruner.masks["net.0.weight"]
     assert pruner.sparsity == 0.5
     assert not torch.equal(weights(model)["net.0.weight"][kept], start["net.0.weight"][kept])
+
+
+def test_a_round_before_the_epoch_to_go_back_to_is_worth_a_warning() -> None:
+    pruner = SaliencyPruningCallback(
+        {0: 0.5}, criterion="magnitude", every_n_train_steps=2, rewind=Rewind("weights", epoch=1)
+    )
+    with warnings_of("nothing to go back to at the event of epoch 0"):
+        L.Trainer(max_epochs=2, callbacks=[pruner], **QUIET).fit(make_model(), *loaders())
+    assert pruner.sparsity == 0.5
 
 
 def test_a_way_back_that_does_not_exist_is_refused() -> None:
