@@ -1,17 +1,19 @@
 """What pruning costs a fit: time per epoch, and bytes in a checkpoint.
 
-    python benchmarks/fit_overhead.py                                  # Adam, 5 repeats
+    python benchmarks/fit_overhead.py                                  # Adam, 6 times 16 epochs
     python benchmarks/fit_overhead.py --optimizer adam sgd adam-fused  # all three
     python benchmarks/fit_overhead.py --flush-denormals                # a diagnosis, see below
 
 LeNet-5 on the 5,000 digits, validation a fifth of the training data, real Trainers, all fits of one
 optimizer from the same weights, which have been trained for some epochs without pruning. The fits
-take turns in one process, in another order each time. An epoch is training and validation and all
-that callbacks do between its start and the next one's; the first two of a fit are not counted, so
-that the only event of "masks in force" lies before what is measured. A ratio is that of the median
-epochs of two fits of the same turn; the table has the median of these ratios over the turns. Where
-other programs share the machine, the CPU ratio (of the time this process has computed for, by all
-its threads) says more than that of the clock; most with ``--threads 1``.
+of a round run side by side in one process, an epoch of each in turn: the speed of a shared machine
+wanders by a fifth from one minute to the next, which would otherwise decide the result. An epoch is
+training and validation and all that callbacks do between its start and the next one's; the first
+two of a fit are not counted, so that the only event of "masks in force" lies before what is
+measured. A ratio is that of two fits' epochs of the same turn; the table has the median of these
+ratios over all turns, and in brackets its 95 % interval. Where other programs share the machine,
+the CPU ratio (of the time this process has computed for, by all its threads) says more than that of
+the clock; most with ``--threads 1``.
 
 Checkpoints are those of ``trainer.save_checkpoint`` at the end of the fits.
 
@@ -29,13 +31,14 @@ import gc
 import json
 import logging
 import platform
+import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +93,58 @@ class LeNet(L.LightningModule):
         return OPTIMIZERS[self.optimizer](self.parameters())
 
 
-class EpochTimer(L.Callback):
-    """Note when epochs start; the first callback, so that the others' work falls between."""
+class Turns(L.Callback):
+    """Let the fits of several threads run one epoch at a time, in turn, and note their lengths.
 
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+    The first callback of its fit, so that the others' work falls between its marks.
+    """
+
+    def __init__(self, name: str, order: Baton) -> None:
+        self.name = name
+        self.order = order
+        self.epochs: list[tuple[float, float]] = []
+        self.began: tuple[float, float] | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the start of an epoch, which is the end of the one before."""
-        self.marks.append((time.perf_counter(), time.process_time()))
+        """Note the end of the epoch before, and wait until it is this fit's turn."""
+        self.on_train_end(trainer, pl_module)
+        self.order.take(self.name)
+        self.began = time.perf_counter(), time.process_time()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the end of the last one."""
-        self.marks.append((time.perf_counter(), time.process_time()))
+        """Note the end of an epoch and let the next fit go on."""
+        if self.began is None:
+            return
+        clock, cpu = self.began
+        self.epochs.append((time.perf_counter() - clock, time.process_time() - cpu))
+        self.began = None
+        self.order.give(self.name)
 
-    def medians(self) -> tuple[float, float]:
-        """Return the seconds, by the clock and of the CPU, of the median epoch that counts."""
-        counted = self.marks[WARM_UP:]
-        lengths = [[after[i] - before[i] for before, after in pairwise(counted)] for i in (0, 1)]
-        return statistics.median(lengths[0]), statistics.median(lengths[1])
+
+class Baton:
+    """Who may run: each fit once in a round, and each round in another order."""
+
+    def __init__(self, names: list[str], seed: int) -> None:
+        self.names = names
+        self.generator = random.Random(seed)
+        self.queue: list[str] = []
+        self.changed = threading.Condition()
+
+    def take(self, name: str) -> None:
+        """Wait until it is the turn of this fit."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._next() == name)
+
+    def give(self, name: str) -> None:
+        """End the turn of this fit."""
+        with self.changed:
+            self.queue.remove(name)
+            self.changed.notify_all()
+
+    def _next(self) -> str:
+        if not self.queue:
+            self.queue = self.generator.sample(self.names, len(self.names))
+        return self.queue[0]
 
 
 def rising(epochs: int) -> dict[int, float]:
@@ -121,6 +157,7 @@ def arms(epochs: int) -> dict[str, Callable[[], list[L.Callback]]]:
     share = 1 - 0.1 ** (1 / epochs)  # of the weights left, so that nine in ten are gone at the end
     return {
         "plain": list,
+        "a callback that does nothing": lambda: [L.Callback()],
         "ours, masks in force": lambda: [SaliencyPruningCallback({0: 0.8})],
         "ours, an event every epoch": lambda: [SaliencyPruningCallback(rising(epochs))],
         "Lightning's ModelPruning, every epoch": lambda: [
@@ -173,24 +210,43 @@ def checkpoint_bytes(trainer: L.Trainer) -> int:
         return path.stat().st_size
 
 
+def side_by_side(
+    optimizer: str, epochs: int, start: dict[str, Tensor] | None, seed: int
+) -> dict[str, tuple[Turns, L.Trainer, LeNet]]:
+    """Run all fits at once, each in a thread of its own that computes only in its turn."""
+    cases = arms(epochs)
+    order = Baton(list(cases), seed)
+    done: dict[str, tuple[Turns, L.Trainer, LeNet]] = {}
+
+    def run(name: str) -> None:
+        turns = Turns(name, order)
+        done[name] = (turns, *fit(optimizer, [turns, *cases[name]()], epochs, start))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a median, from the ranks of the values (exact, no model)."""
+    ordered, n = sorted(values), len(values)
+    reach = 0.98 * n**0.5  # 1.96 standard deviations of a binomial(n, 1/2)
+    return ordered[max(0, int(n / 2 - reach))], ordered[min(n - 1, int(n / 2 + reach))]
+
+
 def measure(optimizer: str, repeats: int, epochs: int, pretrain: int) -> dict[str, Any]:
     """Return times and checkpoints of all arms with one optimizer."""
     start = fit(optimizer, [], pretrain, None)[1].state_dict() if pretrain else None
-    cases = arms(epochs)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    sizes: dict[str, int] = {}
-    found: dict[str, float] = {}
-    fit(optimizer, [], 1, start)  # the first fit of a process is slower
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms(epochs)}
     for turn in range(repeats):
-        names = [*list(cases)[turn % len(cases) :], *list(cases)[: turn % len(cases)]]
-        for name in names:
-            timer = EpochTimer()
-            trainer, model = fit(optimizer, [timer, *cases[name]()], epochs, start)
-            times[name].append(timer.medians())
-            sizes[name] = checkpoint_bytes(trainer)
-            weights = find_prunable(model).parameters.values()
-            zeros = sum(int((weight == 0).sum()) for weight in weights)
-            found[name] = zeros / sum(weight.numel() for weight in weights)
+        fits = side_by_side(optimizer, epochs, start, turn)
+        for name, (turns, _, _) in fits.items():
+            times[name] += turns.epochs[WARM_UP:]
+    sizes = {name: checkpoint_bytes(trainer) for name, (_, trainer, _) in fits.items()}
+    found = {name: zeros(model) for name, (_, _, model) in fits.items()}
     total = sum(weight.numel() for weight in find_prunable(LeNet(optimizer)).parameters.values())
     rows = []
     for name, mine in times.items():
@@ -200,8 +256,9 @@ def measure(optimizer: str, repeats: int, epochs: int, pretrain: int) -> dict[st
         row = {
             "fit": name,
             "epoch_ms": round(1e3 * statistics.median(seconds for seconds, _ in mine), 1),
+            "epochs": len(mine),
             "ratio": round(statistics.median(clock), 3),
-            "ratio_range": [round(min(clock), 3), round(max(clock), 3)],
+            "ratio_interval": [round(end, 3) for end in interval(clock)],
             "cpu_ratio": round(statistics.median(cpu), 3),
             "target": TARGETS.get(name),
             "zeros_at_end": round(found[name], 4),
@@ -211,6 +268,12 @@ def measure(optimizer: str, repeats: int, epochs: int, pretrain: int) -> dict[st
         rows.append(row)
         print(json.dumps({"optimizer": optimizer, **row}), flush=True)
     return {"optimizer": optimizer, "prunable_weights": total, "rows": rows}
+
+
+def zeros(model: LeNet) -> float:
+    """Return the share of the prunable weights that are exactly zero."""
+    weights = find_prunable(model).parameters.values()
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(w.numel() for w in weights)
 
 
 def square_roots() -> dict[str, float]:
@@ -236,7 +299,7 @@ def table(results: dict[str, Any]) -> str:
         "# What pruning costs a fit",
         "",
         "Ratios of an epoch's time (training and validation) over that of the plain fit, medians "
-        "over turns; in brackets the smallest and the largest. Growth is that of the checkpoint at "
+        "over all epochs; in brackets their 95 % intervals. Growth is that of the checkpoint at "
         "the end of the fit, against one bit a prunable weight and 4 KiB.",
         "",
         f"Made by `{results['command']}` on {results['machine']}.",
@@ -254,7 +317,7 @@ def table(results: dict[str, Any]) -> str:
             "|---" * 8 + "|",
         ]
         for row in part["rows"]:
-            low, high = row["ratio_range"]
+            low, high = row["ratio_interval"]
             zeros = f"{100 * row['zeros_at_end']:.1f} %"
             lines.append(
                 f"| {row['fit']} | {row['epoch_ms']} | {row['ratio']} ({low} to {high}) "
@@ -270,9 +333,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="turns in which all fits run once")
     parser.add_argument(
-        "--epochs", type=int, default=8, help="of a fit; the first two do not count"
+        "--repeats", type=int, default=6, help="rounds of fits, each from the start"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=16, help="of a fit; the first two do not count"
     )
     parser.add_argument("--pretrain", type=int, default=15, help="epochs before all fits")
     parser.add_argument("--threads", type=int, default=2)

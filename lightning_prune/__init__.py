@@ -6,18 +6,25 @@ The way of the data, room by room:
     selection   scores -> masks: which weights stay?
     schedules   epoch -> target: how many, and when?
     masking     masks -> a model that keeps them, and statistics about it
+    refit       masks, inputs -> surviving weights that make up for the removed ones
     augment     batch -> batch with generated samples
+    offline     a trained model, batches -> masks, without a Trainer
     callbacks   Lightning's hooks -> calls to the rooms above
 """
 
 from lightning_prune.callbacks import (
+    BatchNormStatistics,
+    DistillationCallback,
+    LearningRateDecay,
     Rewind,
     SaliencyPruningCallback,
     SparsityCheckpoint,
     SparsityEarlyStopping,
     VAEAugmentCallback,
+    recipes,
 )
 from lightning_prune.masking import SparsityMetric, sparsity
+from lightning_prune.offline import prune
 from lightning_prune.saliency import RandomSigns, SaliencyAccumulator, squared_gradients
 from lightning_prune.schedules import (
     ConstantRateSchedule,
@@ -31,10 +38,13 @@ from lightning_prune.schedules import (
 from lightning_prune.selection import Selection, Threshold
 
 __all__ = [
+    "BatchNormStatistics",
     "ConstantRateSchedule",
     "CubicSchedule",
+    "DistillationCallback",
     "EpochSchedule",
     "ExponentialSchedule",
+    "LearningRateDecay",
     "LinearSchedule",
     "OneShotSchedule",
     "RandomSigns",
@@ -48,6 +58,8 @@ __all__ = [
     "SparsityMetric",
     "Threshold",
     "VAEAugmentCallback",
+    "prune",
+    "recipes",
     "sparsity",
     "squared_gradients",
 ]

@@ -143,7 +143,7 @@ def count_faults(**counts: Any) -> list[str]:
     ]
 
 
-def raise_faults(faults: list[str]) -> None:
-    """Raise one ``ValueError`` with all ``faults`` of a schedule; do nothing without any."""
+def raise_faults(faults: list[str], of: str = "The schedule") -> None:
+    """Raise one ``ValueError`` with all ``faults`` of something; do nothing without any."""
     if faults:
-        raise ValueError("\n- ".join(["The schedule cannot be used:", *faults]))
+        raise ValueError("\n- ".join([f"{of} cannot be used:", *faults]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.saliency.batches import default_forward, read_labels, take_samples
+from lightning_prune.passes.batches import default_forward, read_labels, take_samples
 
 
 def squared_gradients(

@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.augment.isolation import evaluating, own_randomness
 from lightning_prune.augment.vae import VAE, DenseVAE
+from lightning_prune.passes.isolation import evaluating, own_randomness
 
 
 class GeneratorError(RuntimeError):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward
-from lightning_prune.augment.isolation import evaluating, own_randomness
 from lightning_prune.augment.mixing import (
     BatchForm,
     Distillation,
@@ -24,7 +23,8 @@ from lightning_prune.augment.mixing import (
     distillation_loss,
     predicted_labels,
 )
-from lightning_prune.augment.teacher import Teacher
+from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.passes.teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune._targets import Target
-from lightning_prune.augment.isolation import evaluating
+from lightning_prune._types import Forward
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import find_prunable
-from lightning_prune.saliency import SaliencyAccumulator
+from lightning_prune.passes.batches import batch_size, take_samples
+from lightning_prune.passes.isolation import evaluating
+from lightning_prune.refit import obs_prices
+from lightning_prune.saliency import Likelihood, SaliencyAccumulator
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
 
@@ -62,6 +66,7 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
     names: list[str] | None,
     exclude: list[str] | None,
     rewind: Rewind | None,
+    refit: str | None,
     own_loader: bool,
     taken: Collection[str],
     held: Mapping[str, Tensor],
@@ -78,6 +83,7 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
         names: Which parameters; ``None`` for the default.
         exclude: Which not.
         rewind: What is gone back to at an event.
+        refit: Which refit follows the removal.
         own_loader: Whether the weights are scored on a loader of their own.
         taken: The parameters that another pruner of this Trainer prunes.
         held: Masks and scores from a checkpoint or an earlier fit.
@@ -93,6 +99,7 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
     if criterion.needs_scores and not own_loader:
         faults += validation_faults(trainer, events, criterion.name, clock)
     faults += _rewind_faults(rewind, events, clock)
+    faults += _refit_faults(trainer, refit, rewind, criterion, own_loader)
     parameters: dict[str, nn.Parameter] = {}
     try:
         parameters = find_prunable(module, names, exclude=exclude).parameters
@@ -112,6 +119,30 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
     if faults:
         raise PruningSetupError("\n".join(faults))
     return parameters, events
+
+
+def _refit_faults(
+    trainer: Trainer,
+    refit: str | None,
+    rewind: Rewind | None,
+    criterion: Criterion,
+    own_loader: bool,
+) -> list[str]:
+    """Say what a refit or second-order prices lack."""
+    faults = []
+    if refit is not None and rewind is not None and rewind.what == "weights":
+        faults.append(
+            f"refit={refit!r} corrects the weights that {rewind} throws away: choose one of "
+            "them, or rewind the learning rate only."
+        )
+    wanted = f"refit={refit!r}" if refit is not None else f"criterion={criterion.name!r}"
+    calibrated = refit is not None or criterion.needs_prices
+    if calibrated and not own_loader and not trainer.enable_validation:
+        faults.append(
+            f"{wanted} is calibrated by the validation inputs, but this fit has no validation. "
+            "Give it a validation loader, or scoring_loader=."
+        )
+    return faults
 
 
 def plan_events(
@@ -224,6 +255,22 @@ def check_batch(accumulator: SaliencyAccumulator, module: nn.Module, batch: Any)
             accumulator.check(batch)
         except NonFiniteScoresError:
             return
+
+
+def check_prices(
+    module: nn.Module, batch: Any, names: list[str], forward: Forward, likelihood: Likelihood
+) -> None:
+    """Refuse parameters that have no second-order price, by two samples of a batch.
+
+    Raises:
+        PruningSetupError: There are some; the message names them.
+    """
+    samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+    with isolate_rng():
+        try:
+            obs_prices(module, {}, names, [samples], forward=forward, likelihood=likelihood)
+        except ValueError as error:
+            raise PruningSetupError(str(error)) from error
 
 
 def peek_batch(trainer: Trainer) -> Any:

@@ -22,6 +22,7 @@ from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
 from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
+from lightning_prune.callbacks.refitting import Refitter
 from lightning_prune.callbacks.resumption import skipped_epoch_end, skipped_validation
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
@@ -32,6 +33,7 @@ from lightning_prune.callbacks.scoring import (
     refused_in,
 )
 from lightning_prune.masking import MaskKeeper, count_removed
+from lightning_prune.refit import Refit
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
 
@@ -46,6 +48,7 @@ class Pruner:
         selection: What is removed as one piece, and what is spared.
         scorer: Who scores the weights.
         rewind: What is gone back to at an event.
+        refit: Which refit follows the removal, ``None`` for none.
 
     Attributes:
         keeper: Holds the masks in force.
@@ -64,6 +67,7 @@ class Pruner:
         selection: Selection,
         scorer: Scorer,
         rewind: Rewind | None,
+        refit: Refit | None,
     ) -> None:
         self.schedule = schedule
         self.clock = clock
@@ -71,6 +75,7 @@ class Pruner:
         self.selection = selection
         self.scorer = scorer
         self.rewind = rewind
+        self.refitter = Refitter(scorer, refit)
         self.keeper = MaskKeeper()
         self.state = PruningState()
         self.scores: Scores = {}
@@ -103,6 +108,7 @@ class Pruner:
             names=names,
             exclude=exclude,
             rewind=self.rewind,
+            refit=self.refitter.method,
             own_loader=self.scorer.loader is not None,
             taken=taken,
             held=pruning_state.held(self.keeper.masks, self.state.pending),
@@ -110,8 +116,7 @@ class Pruner:
         preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
-        needs_no_look = not self.criterion.needs_scores or events == {}
-        self.scorer.prepare(list(parameters), checked=needs_no_look)
+        self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})
         self.parameters = parameters
         self.keeper.attach(parameters, trainer.optimizers)
         mask_averages(trainer, self.keeper.masks)
@@ -265,6 +270,8 @@ class Pruner:
         before = self.keeper.masks
         raw = {n: score.to(self.parameters[n].device) for n, score in event.scores.items()}
         with refused_in(event.epoch):
+            if self.criterion.needs_prices:
+                raw = self.refitter.prices(trainer, module, list(self.parameters), before)
             scores = self.criterion(raw, self.parameters)
             saliency = raw if self.criterion.needs_scores else None
             selected = self.selection(scores, event.target, masks=before, saliency=saliency)
@@ -272,6 +279,7 @@ class Pruner:
             source.before_pruning(trainer, module)
         if self.rewind is not None and not last:
             self._rewind_to(self.rewind, trainer, module)
+        self.refitter.refit(trainer, module, self.parameters, selected.masks)
         self.keeper.update(selected.masks)
         mask_averages(trainer, selected.masks)
         self.scores = {name: score.cpu() for name, score in scores.items()}

@@ -11,12 +11,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_prune.augment.isolation import evaluating
 from lightning_prune.callbacks import preflight
 from lightning_prune.callbacks.resumption import (
     is_last_batch,
     on_device,
     starts_in_the_middle,
+    validation_batches,
 )
 from lightning_prune.callbacks.scoring import (
     ScoringOptions,
@@ -24,6 +24,12 @@ from lightning_prune.callbacks.scoring import (
     ScoringResult,
     refused_in,
 )
+from lightning_prune.passes.batches import batch_size, default_forward
+from lightning_prune.passes.isolation import evaluating
+from lightning_prune.selection import Criterion
+
+CALIBRATION_SAMPLES = 4096
+"""A refit uses no more, nor keeps more on the device."""
 
 
 class Scorer:
@@ -40,6 +46,7 @@ class Scorer:
         self.loader = loader
         self.checked = False
         self._names: list[str] = []
+        self._priced = False
         self._pass: ScoringPass | None = None
         self._incomplete, self._step = False, 0
         self._unfinished: dict[str, Any] | None = None  # a pass under way in the checkpoint
@@ -49,15 +56,27 @@ class Scorer:
         """Whether a pass over the validation batches is under way."""
         return self._pass is not None
 
-    def prepare(self, names: list[str], *, checked: bool) -> None:
-        """Start a fit: say which parameters are scored, and whether no first look is needed."""
-        self._names, self.checked = names, checked
+    def prepare(self, names: list[str], *, criterion: Criterion, idle: bool) -> None:
+        """Start a fit.
+
+        Args:
+            names: The parameters that are scored.
+            criterion: What scores are for; without a use of batches it needs no first look.
+            idle: No event will come, which needs none either.
+        """
+        self._names, self._priced = names, criterion.needs_prices
+        self.checked = idle or not (criterion.needs_scores or criterion.needs_prices)
 
     def look(self, module: LightningModule, batch: Any) -> None:
         """Raise what scoring such a batch would raise, before the first training step."""
-        if not self.checked:
+        if self.checked:
+            return
+        if self._priced:
+            forward, likelihood = self.options.forward or default_forward, self.options.likelihood
+            preflight.check_prices(module, batch, self._names, forward, likelihood)
+        else:
             preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
-            self.checked = True
+        self.checked = True
 
     def look_ahead(self, trainer: Trainer, module: LightningModule, criterion: str) -> None:
         """Take the first look where no sanity check has brought a batch to look at."""
@@ -120,6 +139,26 @@ class Scorer:
                     with refused_in(trainer.current_epoch):
                         scoring.add(on_device(trainer, batch))
             return self.finish(trainer, module)
+
+    def calibration_batches(self, trainer: Trainer) -> list[Any]:
+        """Return what a refit is fitted to: the batches of the own loader or of the validation.
+
+        As many as hold ``CALIBRATION_SAMPLES``, on the device; in a distributed run this process's.
+        """
+        module = trainer.lightning_module
+        found, samples = [], 0
+        with isolate_rng():
+            if self.loader is None:
+                source = (batch for batch, _, _ in validation_batches(trainer))
+            else:
+                loader = resolve_loader(self.loader, trainer, module)
+                source = (on_device(trainer, batch) for batch in loader)
+            for batch in source:
+                found.append(batch)
+                samples += batch_size(batch)
+                if samples >= CALIBRATION_SAMPLES:
+                    break
+        return found
 
     def pack(self) -> dict[str, Any] | None:
         """Return the sums of a pass under way, for :meth:`unpack`; ``None`` if there are none."""

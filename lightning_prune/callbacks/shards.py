@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from lightning_prune.saliency.batches import batch_size, take_samples
+from lightning_prune.passes.batches import batch_size, take_samples
 
 
 def unrepeated(loader: Any) -> float:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.augment.fitting import all_finite, average_in_place
 from lightning_prune.augment.injection import Injection
-from lightning_prune.augment.teacher import Teacher
 from lightning_prune.callbacks.co_training import mean_over_processes
+from lightning_prune.passes.teacher import Teacher
 
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no process holds a whole parameter or gradient."""

@@ -16,10 +16,10 @@ from typing_extensions import override
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import Distillation, Likelihood
 from lightning_prune.augment.pictures import log_picture
-from lightning_prune.augment.teacher import Teacher
 from lightning_prune.callbacks.co_training import CoTraining, RunningMeans
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
+from lightning_prune.passes.teacher import Teacher
 from lightning_prune.saliency import default_forward
 
 PLACES = ("saliency", "train")

@@ -7,7 +7,7 @@ which the optimizer cannot revive, and the numbers that say how sparse it is.
 
 from __future__ import annotations
 
-from lightning_prune.masking.apply import MaskKeeper
+from lightning_prune.masking.apply import MaskKeeper, zero_removed
 from lightning_prune.masking.packing import pack_masks, unpack_masks
 from lightning_prune.masking.prunable import Prunable, find_prunable
 from lightning_prune.masking.statistics import SparsityMetric, count_removed, density, sparsity
@@ -22,4 +22,5 @@ __all__ = [
     "pack_masks",
     "sparsity",
     "unpack_masks",
+    "zero_removed",
 ]

@@ -1,12 +1,11 @@
 """Masked weights are exactly zero: now, and after every optimizer step.
 
-Per step the work is two passes over the weights, gradients before the update and weights after it
-(three under Lightning, where gradients are also zeroed before they are clipped), each a bitwise
-*and* with a pattern of ones and zeros. That runs at memory speed, where ``masked_fill_`` takes ten
-times as long, and unlike a multiplication it leaves neither ``-0.0`` nor a NaN behind. One pass
-over the weights of a LeNet-5 took 15 microseconds on one CPU thread. The second pass looks
-redundant, and is for SGD or Adam: without gradient and momentum a zero stays zero. It is kept,
-since for an optimizer that adds noise or projects, nobody could promise that.
+Per step the work is two passes over the weights, gradients before the update and weights after it,
+each a bitwise *and* with a pattern of ones and zeros. That runs at memory speed, where
+``masked_fill_`` takes ten times as long, and unlike a multiplication it leaves neither ``-0.0`` nor
+a NaN behind. One pass over the weights of a LeNet-5 took 15 microseconds on one CPU thread. The
+second pass looks redundant, and is for SGD or Adam: without gradient and momentum a zero stays
+zero. It is kept, since for an optimizer that adds noise or projects, nobody could promise that.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ class MaskKeeper:
         self._optimizers: dict[int, Optimizer] = {}
         self._handles: list[RemovableHandle] = []
         self._patterns: list[tuple[Tensor, Tensor]] = []
+        self._zeroed: list[tuple[Tensor, int]] = []  # gradients, and their version then
 
     @property
     def masks(self) -> Masks:
@@ -115,10 +115,20 @@ class MaskKeeper:
             _and_(parameter, pattern)
 
     def zero_gradients(self) -> None:
-        """Set the gradients of masked weights to zero: they do not count in a norm, nor move."""
+        """Set the gradients of masked weights to zero: they do not count in a norm, nor move.
+
+        Gradients that nobody has written to since the last call are left as they are.
+        """
+        zeroed = iter(self._zeroed)
+        self._zeroed = []
         for parameter, pattern in self._patterns:
-            if parameter.grad is not None:
-                _zero_gradient(parameter.grad, pattern)
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            before, version = next(zeroed, (None, 0))
+            if gradient is not before or gradient._version != version:
+                _zero_gradient(gradient, pattern)
+            self._zeroed.append((gradient, gradient._version))
 
     def release(self) -> None:
         """End the enforcement: remove all hooks and forget the model. The masks stay."""
@@ -127,6 +137,7 @@ class MaskKeeper:
         self._handles.clear()
         self._optimizers.clear()
         self._patterns.clear()
+        self._zeroed.clear()
         for name, parameter in self._parameters.items():
             if name in self._kept:  # the model may have moved to another device since
                 self._kept[name] = self._kept[name].to(parameter.device)
@@ -149,6 +160,7 @@ class MaskKeeper:
 
     def _enforce(self) -> None:
         self._patterns = []
+        self._zeroed = []
         for name, parameter in self._parameters.items():
             if name in self._kept:
                 kept = self._kept[name] = self._kept[name].to(parameter.device)
@@ -168,6 +180,7 @@ class MaskKeeper:
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer
             return (args[0], self._masked(args[1]), *args[2:]), kwargs
         self.zero_gradients()
+        self._zeroed = []  # lest they outlive `zero_grad`
         return None
 
     def _masked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -204,6 +217,22 @@ class MaskKeeper:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.zero_weights()
+
+
+def zero_removed(parameters: Mapping[str, Tensor], masks: Masks) -> None:
+    """Set the removed weights of a model to +0.0, once.
+
+    Args:
+        parameters: The parameters that masks may be about, by full name.
+        masks: ``True`` = kept.
+
+    Raises:
+        ValueError: A mask has no parameter, or another shape than its parameter.
+    """
+    _check_fit(masks, parameters)
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        _and_(parameter, _pattern(mask.to(parameter.device), parameter.dtype))
 
 
 def _check_fit(masks: Masks, parameters: Mapping[str, Tensor]) -> None:

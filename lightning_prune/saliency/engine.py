@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune._types import Forward
 from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
-from lightning_prune.saliency.batches import (
+from lightning_prune.passes.batches import (
     batch_size,
     default_forward,
     outside_inference_mode,

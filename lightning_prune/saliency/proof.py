@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.saliency.batches import batch_size, take_samples
+from lightning_prune.passes.batches import batch_size, take_samples
 from lightning_prune.saliency.capture import Call, Capture, backpropagate
 from lightning_prune.saliency.head import head_weight
 from lightning_prune.saliency.plan import PROBE_SAMPLES, TRIES, Plan, Signature, signature

@@ -26,17 +26,19 @@ class Criterion:
         name: What the user called it, for messages.
         needs_scores: Whether the squared gradients R enter; without them no scoring pass is needed.
         function: The ranking itself.
+        needs_prices: Whether second-order prices enter, in the place of R.
     """
 
     name: str
     needs_scores: bool
     function: CriterionFunction
+    needs_prices: bool = False
 
     def __call__(self, scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
         """Return one finite score for each weight; larger is more important.
 
         Args:
-            scores: R for each parameter; ignored if ``needs_scores`` is false.
+            scores: R for each parameter, or its prices if ``needs_prices``; otherwise ignored.
             parameters: The weights, by name, as they are now.
 
         Raises:
@@ -71,6 +73,18 @@ def magnitude(scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
     return {name: parameter.abs() for name, parameter in parameters.items()}
 
 
+def obs(scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
+    """Return the second-order prices, which stand in the place of R and are a ranking already.
+
+    A weight's price is ``w^2 / [H^-1]_ii`` of its row's surviving inputs, times the row's output
+    saliency: what the removal costs once the other weights of its row have made up for it.
+
+    Source: Hassibi and Stork, 1993, "Second order derivatives for network pruning: Optimal Brain
+    Surgeon" (there with the loss's own Hessian).
+    """
+    return {name: scores[name] for name in parameters}
+
+
 def random(scores: Scores, parameters: Mapping[str, Tensor], *, seed: int = 0) -> Scores:
     """Return uniform noise: the control that every other criterion has to beat.
 
@@ -88,6 +102,7 @@ def random(scores: Scores, parameters: Mapping[str, Tensor], *, seed: int = 0) -
 CRITERIA: Mapping[str, tuple[CriterionFunction, bool]] = {
     "saliency": (saliency, True),
     "taylor": (taylor, True),
+    "obs": (obs, False),
     "magnitude": (magnitude, False),
     "random": (random, False),
 }
@@ -98,9 +113,10 @@ def resolve_criterion(criterion: str | CriterionFunction, *, seed: int = 0) -> C
     """Return the criterion a user asked for by name or wrote as a function.
 
     Args:
-        criterion: ``"saliency"`` (R), ``"taylor"`` (w^2 R), ``"magnitude"`` (|w|), ``"random"``, or
-            a callable ``(scores, parameters) -> scores``. A callable gets R; one that does without
-            says so by an attribute ``needs_scores = False`` and then gets an empty mapping.
+        criterion: ``"saliency"`` (R), ``"taylor"`` (w^2 R), ``"obs"`` (second order),
+            ``"magnitude"`` (|w|), ``"random"``, or a callable ``(scores, parameters) -> scores``. A
+            callable gets R; one that does without says so by an attribute ``needs_scores = False``
+            and then gets an empty mapping.
         seed: For ``"random"``.
 
     Raises:
@@ -113,8 +129,9 @@ def resolve_criterion(criterion: str | CriterionFunction, *, seed: int = 0) -> C
         >>> resolve_criterion("tailor")
         Traceback (most recent call last):
             ...
-        ValueError: Expected argument `criterion` to be one of 'saliency', 'taylor', 'magnitude', \
-'random' or a callable (scores, parameters) -> scores, but got 'tailor'. Did you mean 'taylor'?
+        ValueError: Expected argument `criterion` to be one of 'saliency', 'taylor', 'obs', \
+'magnitude', 'random' or a callable (scores, parameters) -> scores, but got 'tailor'. Did you mean \
+'taylor'?
     """
     names = ", ".join(map(repr, CRITERIA))
     expected = (
@@ -128,7 +145,7 @@ def resolve_criterion(criterion: str | CriterionFunction, *, seed: int = 0) -> C
         function, needs_scores = CRITERIA[criterion]
         if function is random:
             function = partial(random, seed=seed)
-        return Criterion(criterion, needs_scores, function)
+        return Criterion(criterion, needs_scores, function, needs_prices=function is obs)
     if isinstance(criterion, type) or not callable(criterion):
         raise TypeError(expected)
     name = getattr(criterion, "__name__", type(criterion).__name__)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm, Distillation, distillation_loss
-from lightning_prune.augment.teacher import Teacher
+from lightning_prune.passes.teacher import Teacher
 
 
 def _forward(module, batch):

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.augment import DenseVAE, Distillation, GeneratorError
-from lightning_prune.augment.teacher import Teacher
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
 from lightning_prune.exceptions import BatchFormatError
+from lightning_prune.passes.teacher import Teacher
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32)[:300]

@@ -38,11 +38,13 @@ class Case:
         sizes: The number of samples in each validation loader.
         sampler: Whether the loader has a sampler of the user's own, which Lightning wraps.
         generated: Whether a generator's inputs join the scoring.
+        refit: Which refit follows an event, with second-order prices.
     """
 
     sizes: tuple[int, ...]
     sampler: bool = False
     generated: bool = False
+    refit: str | None = None
 
 
 CASES = {
@@ -54,7 +56,11 @@ CASES = {
 }
 """Cases in which one process and two see the same samples, and score all of their energy."""
 
-OWN_WAYS = {"generated inputs join": Case((131,), generated=True)}
+OWN_WAYS = {
+    "generated inputs join": Case((131,), generated=True),
+    "layers are refitted": Case((131,), refit="layers"),
+    "outputs are refitted": Case((131,), refit="outputs"),
+}
 """Cases in which what is scored depends on the process."""
 
 
@@ -115,6 +121,7 @@ class WriteDown(L.Callback):
         end = {
             "masks": pruner.masks,
             "scores": pruner.scores,
+            "weights": {name: p.detach() for name, p in pl_module.named_parameters()},
             "history": [{k: v for k, v in r.items() if k != "seconds"} for r in pruner.history],
         }
         torch.save(end, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
@@ -131,7 +138,8 @@ def train(folder: Path, case: Case, processes: int) -> None:
         part, sampler = digits(end - size, end), Backwards(size) if case.sampler else None
         loaders.append(DataLoader(part, batch_size=20 // processes, sampler=sampler))
         end -= size
-    pruner = SaliencyPruningCallback(EVENTS, tolerance=0.0)
+    how = {"criterion": "obs", "refit": case.refit} if case.refit else {}
+    pruner = SaliencyPruningCallback(EVENTS, tolerance=0.0, **how)
     write: list[L.Callback] = [pruner, WriteDown(pruner, folder)]
     if case.generated:
         write.append(VAEAugmentCallback(inject=("saliency",), warmup=2))
@@ -219,7 +227,7 @@ def test_all_processes_come_to_the_same_masks(found, name: str) -> None:
         list(EVENTS.values()), abs=1e-3
     )
     assert first["history"] == second["history"]
-    for what in ("masks", "scores"):
+    for what in ("masks", "scores", "weights"):
         for key, tensor in first[what].items():
             assert torch.equal(tensor, second[what][key]), (what, key)
 

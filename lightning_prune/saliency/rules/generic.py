@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.exceptions import SaliencyError
-from lightning_prune.saliency.batches import take_samples
+from lightning_prune.passes.batches import take_samples
 from lightning_prune.saliency.registry import in_score_precision
 
 

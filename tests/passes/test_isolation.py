@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.augment.isolation import derived_seed, evaluating, own_randomness
+from lightning_prune.passes.isolation import derived_seed, evaluating, own_randomness
 
 CPU = torch.device("cpu")
 

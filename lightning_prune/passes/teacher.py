@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_prune._types import Forward
-from lightning_prune.augment.isolation import evaluating
+from lightning_prune.passes.isolation import evaluating
 
 
 class Teacher:
@@ -53,12 +53,26 @@ class Teacher:
             name: t.shape for name, t in self.weights.items()
         }
 
+    def restore(self, module: nn.Module) -> None:
+        """Give ``module`` its kept weights and buffers back, in place."""
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in self.weights.items():
+                named[name].copy_(tensor)
+
     def logits(self, module: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Return what ``forward(module, batch)`` gave with the kept weights, in eval mode."""
-        weights = {f"module.{name}": tensor for name, tensor in self.weights.items()}
         with torch.no_grad(), evaluating(module):
-            logits: Tensor = functional_call(_Bound(module, forward), weights, (batch,))
-        return logits
+            return logits_with(self.weights, module, batch, forward)
+
+
+def logits_with(
+    weights: Mapping[str, Tensor], module: nn.Module, batch: Any, forward: Forward
+) -> Tensor:
+    """Return ``forward(module, batch)`` with these parameters and buffers in place of its own."""
+    named = {f"module.{name}": tensor for name, tensor in weights.items()}
+    logits: Tensor = functional_call(_Bound(module, forward), named, (batch,))
+    return logits
 
 
 class _Bound(nn.Module):

@@ -1,0 +1,264 @@
+"""Accuracy against sparsity: our scores, refits and recipe beside magnitude, SNIP and ModelPruning.
+
+    python benchmarks/quality.py                       # runs; stop and start it at any time
+    python benchmarks/quality.py --networks 784-128-10 --families fine-tuned --arms taylor 'Model*'
+    python benchmarks/quality_report.py                # the table and the curves, from the rows
+
+A row is one network at one sparsity: it is appended to benchmarks/results/quality.jsonl as soon as
+it is measured, and a row that is there already is not measured again. All arms of a (network, seed)
+start from the same dense network, kept in benchmarks/results/.cache.
+
+Families:
+    no-retraining  26 stages at a constant rate to 99.5 %, a row at each of six sparsities.
+    fine-tuned     12 epochs of training after the dense ones, an event at the start of the first
+                   8, the learning rate decayed in the last third. Its base is chosen for each
+                   (network, arm) on the validation part by seeds of their own.
+    tuning         these choices: accuracy and loss on the validation part.
+
+The order of the work is by network, then seed, then family, then arm, the most telling arms first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import quality_arms as arms
+from benchmarks import quality_networks as subjects
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = RESULTS / "quality.jsonl"
+TUNING_SEEDS = (1000, 1001)  # two: 400 digits tell rates apart to a point and a half
+TUNED_AT = (0.95, 0.98)
+RATES = (1e-3, 3e-3, 1e-2)
+
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+def _orders() -> dict[str, list[str]]:
+    """Return family -> its arms, the most telling first."""
+    from benchmarks.quality_trainers import MODEL_PRUNING, RECIPE  # noqa: PLC0415  (Lightning)
+
+    first, rest = ["taylor", "magnitude-global", "obs"], list(arms.CRITERIA_NAMES)
+    rest = [criterion for criterion in rest if criterion not in first]
+    plain = [*first, *(f"{criterion}+layers" for criterion in first)]
+    outputs = ["obs+layers+outputs", "obs+outputs", "taylor+outputs"]
+    late = [*rest, *(f"{criterion}+layers" for criterion in rest)]
+    distilled = [f"{arm}+distill" for arm in plain]
+    late_distilled = [f"{arm}+distill" for arm in late]
+    ablations = [arm for arm in RECIPE if arm != "recipe"]
+    return {
+        "no-retraining": [*plain, *outputs, *late],
+        "fine-tuned": [
+            "taylor", "recipe", *MODEL_PRUNING, *plain[1:], *distilled, *late[: len(rest)],
+            *ablations, *late[len(rest) :], *late_distilled,
+        ],
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm of one family on one network and seed: what a process does in one go."""
+
+    network: str
+    seed: int
+    family: str
+    arm: str
+
+
+def key(row: Row) -> Key:
+    """Return what tells rows apart."""
+    rate = row.get("lr") if row["family"] == "tuning" else None
+    return (*(row[part] for part in ("family", "network", "arm", "sparsity", "seed")), rate)
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
+    """Return the rows there are; of rows with the same key the last. A torn last line is left."""
+    rows: dict[Key, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the process was ended in the middle of it
+            continue
+        rows[key(row)] = row
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row as one line; other processes may be doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, 2)
+        file.seek(max(end - 1, 0))
+        torn = end and file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+
+
+def reached(net: nn.Module) -> float:
+    """Return the share of prunable weights that are exactly zero."""
+    weights = arms.find_prunable(net).parameters.values()
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+def write_result(
+    path: Path, unit: Unit, share: float, net: nn.Module, dense: nn.Module, **more: Any
+) -> None:
+    """Measure on the test part, which nothing else reads, and append the row."""
+    test = subjects.test_part(unit.network)
+    row = {
+        **asdict(unit),
+        "sparsity": share,
+        "accuracy": subjects.accuracy(net, test),
+        "dense": subjects.accuracy(dense, test),
+        "reached": reached(net),
+        **more,
+    }
+    append(path, row)
+
+
+def train(unit: Unit, dense: nn.Module, share: float, lr: float) -> tuple[nn.Module, float]:
+    """Return the fine-tuned network of an arm, and the seconds of CPU time it took."""
+    start = time.process_time()
+    options = {"target": share, "lr": lr, "seed": unit.seed}
+    if unit.arm.startswith(("ModelPruning", "recipe")):
+        from benchmarks.quality_trainers import in_trainer  # noqa: PLC0415  (imports Lightning)
+
+        net = in_trainer(dense, unit.network, unit.arm, **options)
+    else:
+        net = arms.fine_tuned(dense, unit.network, arms.Arm.named(unit.arm), **options)
+    return net, time.process_time() - start
+
+
+def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
+    """Return the best learning rate of an arm on the validation part; measure what is missing."""
+    runs = [Unit(unit.network, seed, "tuning", unit.arm) for seed in TUNING_SEEDS]
+    cases = [
+        {**asdict(tuning), "sparsity": s, "lr": lr}
+        for tuning in runs
+        for lr in RATES
+        for s in TUNED_AT
+    ]
+    for case in cases:
+        if key(case) in read_rows(path):
+            continue
+        tuning = Unit(**{part: case[part] for part in asdict(unit)})
+        dense = subjects.dense(unit.network, tuning.seed, cache)
+        net, seconds = train(tuning, dense, case["sparsity"], case["lr"])
+        validation = subjects.validation_part(unit.network)
+        measured = {
+            "accuracy": subjects.accuracy(net, validation),
+            "loss": subjects.mean_loss(net, validation),
+            "reached": reached(net),
+            "seconds": seconds,
+        }
+        append(path, {**case, **measured})
+    return best_rate(read_rows(path)[key(case)] for case in cases)
+
+
+def best_rate(rows: Iterable[Row]) -> float:
+    """Return the rate of the best mean accuracy; of equal ones, that of the smaller mean loss."""
+    sums: dict[float, tuple[float, float]] = {}
+    for row in rows:
+        accuracy, loss = sums.get(row["lr"], (0.0, 0.0))
+        sums[row["lr"]] = (accuracy + row["accuracy"], loss - row["loss"])
+    return max(sums, key=lambda rate: (round(sums[rate][0], 6), sums[rate][1]))
+
+
+def run(unit: Unit, *, path: Path, cache: Path, shares: tuple[float, ...], threads: int) -> str:
+    """Measure what is missing of a unit; return a line about it."""
+    torch.set_num_threads(threads)
+    there = read_rows(path)
+    missing = [s for s in shares if key({**asdict(unit), "sparsity": s}) not in there]
+    start = time.perf_counter()
+    try:
+        if missing:
+            _measure(unit, missing, path, cache)
+    except Exception:  # noqa: BLE001  (one arm that fails must not end a night's run)
+        return f"FAILED {unit}\n{traceback.format_exc()}"
+    return f"{time.perf_counter() - start:7.1f} s  {len(missing)} new rows  {unit}"
+
+
+def _measure(unit: Unit, missing: list[float], path: Path, cache: Path) -> None:
+    dense = subjects.dense(unit.network, unit.seed, cache)
+    write = partial(write_result, path, unit)
+    if unit.family == "no-retraining":
+        arm = arms.Arm.named(unit.arm)
+        path_down = arms.without_retraining(dense, unit.network, arm, unit.seed, max(missing))
+        for share, net, seconds in path_down:
+            if share in missing:
+                write(share, net, dense, seconds=seconds)
+        return
+    lr = tuned_rate(unit, path, cache)
+    for share in missing:
+        net, seconds = train(unit, dense, share, lr)
+        write(share, net, dense, seconds=seconds, lr=lr)
+
+
+def units(
+    networks: Iterable[str], seeds: int, families: Iterable[str], patterns: Iterable[str]
+) -> Iterator[Unit]:
+    """Yield the work in the order in which it is worth most if stopped."""
+    orders, families, patterns = _orders(), list(families), list(patterns)
+    for network in networks:
+        for seed in range(seeds):
+            for family in families:
+                for arm in orders[family]:
+                    if any(fnmatchcase(arm, pattern) for pattern in patterns):
+                        yield Unit(network, seed, family, arm)
+
+
+def main() -> None:
+    """Read the options, share the units out to the processes, say what they did."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names, orders = list(subjects.SUBJECTS), _orders()
+    default = [name for name in names if name != "ResNet-20"]
+    parser.add_argument("--networks", nargs="+", default=default, choices=names, metavar="NAME")
+    parser.add_argument("--families", nargs="+", default=list(orders), choices=orders)
+    parser.add_argument("--arms", nargs="+", default=["*"], help="names or patterns")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(arms.TARGETS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--list", action="store_true", help="print the order and do nothing")
+    options = parser.parse_args()
+
+    work = list(units(options.networks, options.seeds, options.families, options.arms))
+    if options.list:
+        print(*work, sep="\n")
+        return
+    job = partial(
+        run,
+        path=options.out,
+        cache=options.out.parent / ".cache",
+        shares=tuple(options.sparsities),
+        threads=options.threads,
+    )
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for line in pool.imap_unordered(job, work):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Where a user's loss comes back to the logits: the distance from the dense network joins there.
+
+Enters: a module whose calls return logits, and when to listen to them. Leaves: on the way back of a
+loss, the mixture of its gradient at the logits with that of the distance. The gradients of all
+parameters follow from it, by the one backward pass that there is anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.augment.mixing import Likelihood, distillation_loss
+from lightning_prune.callbacks.preflight import PruningSetupError
+from lightning_prune.exceptions import BatchFormatError
+from lightning_prune.passes.batches import unwrap_logits
+from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.passes.teacher import Teacher
+
+
+class LogitTerm:
+    """The distillation term of a module's calls.
+
+    For logits z whose gradient by the user's loss is g, what is passed on is
+    ``(1 - weight) * g + weight * factor * d distillation_loss(z) / dz``.
+
+    Args:
+        weight: The share of the term, in [0, 1].
+        temperature: As for :func:`distillation_loss`.
+        likelihood: How the output is read.
+
+    Attributes:
+        teacher: The dense network; ``None`` until there is one: calls are then only looked at.
+        listening: Whether a call belongs to a loss to come.
+        factor: What the user's loss is multiplied by, while it is backpropagated; ``None`` at all
+            other times, where gradients are the user's own affair.
+        called: Whether there was a call since :meth:`attach`.
+    """
+
+    def __init__(self, weight: float, temperature: float, likelihood: Likelihood) -> None:
+        self.weight, self.temperature, self.likelihood = weight, temperature, likelihood
+        self.teacher: Teacher | None = None
+        self.factor: float | None = None
+        self.listening = self.called = False
+        self._rehearsed = False
+        self._handles: list[RemovableHandle] = []
+        self._depth = self._level = 0
+        self._name = ""
+        self._took_part: Callable[[Tensor], None] | None = None
+
+    def attach(
+        self, module: nn.Module, name: str, took_part: Callable[[Tensor], None], level: int = 0
+    ) -> None:
+        """Hang hooks on a module.
+
+        Args:
+            module: Whose calls return logits.
+            name: What to call it in messages.
+            took_part: Told of each term that has joined a backward pass: its loss, detached.
+            level: How many calls of the module's are around those that count.
+        """
+        self._name, self._took_part, self._level = name, took_part, level
+        self._handles = [
+            module.register_forward_pre_hook(self._before_call),
+            module.register_forward_hook(self._after_call, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Leave nothing behind on the module."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._took_part, self.factor = [], None, None
+        self.listening = self.called = False
+
+    def listen(self) -> None:
+        """Begin a training step."""
+        self.listening, self._depth = True, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy hangs on no module.
+        return {**self.__dict__, "_handles": [], "_took_part": None, "listening": False}
+
+    # ------------------------------------------------------------------ forward
+
+    def _before_call(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._depth -= 1
+        if not self.listening or self._depth != self._level or not torch.is_grad_enabled():
+            return
+        self.called = True
+        logits, transposed = self._read(output)
+        if not logits.requires_grad or (self.teacher is None and self._rehearsed):
+            return
+        # Where it has to work hours later, it is tried in the first step with the model itself.
+        teacher = Teacher.of(module) if self.teacher is None else self.teacher
+        self._rehearsed = True
+        with own_randomness(logits.device, "model"):
+            dense = teacher.logits(
+                module, (args, kwargs), lambda m, call: unwrap_logits(m(*call[0], **call[1]))
+            )
+        # Now, and not on the way back: the step may go on to change its tensors in place.
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        leaf = logits.detach().to(precise).requires_grad_()
+        student = leaf.transpose(1, 2) if transposed else leaf
+        loss = distillation_loss(student, dense, self.likelihood, self.temperature)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if self.teacher is not None:
+            hook = self._mixture(loss.detach(), gradient)
+            logits.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _read(self, output: Any) -> tuple[Tensor, bool]:
+        """Return the tensor with the logits, and whether its classes are on the last of 3 axes."""
+        try:
+            unwrapped = unwrap_logits(output)
+        except BatchFormatError:
+            raise PruningSetupError(
+                f"DistillationCallback: expected {self._name} to return logits, or an object with "
+                f"an attribute `logits`, but got a {type(output).__name__}. Name the submodule "
+                "that returns the logits: `module=`."
+            ) from None
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits, unwrapped is not logits
+
+    # ------------------------------------------------------------------ backward
+
+    def _mixture(self, loss: Tensor, term: Tensor) -> Callable[[Tensor], Tensor | None]:
+        """Return a hook that mixes the gradient of the user's loss with the term's."""
+        left = [term]  # joins once, however many backward passes come through
+
+        def mix(gradient: Tensor) -> Tensor | None:
+            if self.factor is None:  # not the loss's backward pass: the user's own autograd.grad
+                return None
+            mixed = (1 - self.weight) * gradient.to(term.dtype)
+            if left:
+                mixed = mixed + self.weight * self.factor * left.pop()
+                if self._took_part is not None:
+                    self._took_part(loss)
+            return mixed.to(gradient.dtype)
+
+        return mix

@@ -1,0 +1,127 @@
+"""The callbacks that make the best sparse network we know to make, put together.
+
+Enters: how sparse, and in how many epochs. Leaves: a list for ``Trainer(callbacks=...)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lightning_prune._targets import Threshold, count_faults, target_faults
+from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
+from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.learning_rate_decay import LearningRateDecay
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.refit import Refit
+from lightning_prune.schedules.explicit import EpochSchedule
+
+
+def best(
+    sparsity: float,
+    epochs: int,
+    *,
+    stages: int | None = None,
+    criterion: Any = "taylor",
+    refit: bool | Refit = False,
+    distill: bool | float | DistillationCallback = False,
+    decay: bool = True,
+    batch_norm: bool = True,
+    **pruner: Any,
+) -> list[Callback]:
+    """Return the callbacks that prune a trained network and fine-tune it.
+
+    In the first two thirds of the epochs the network is pruned in ``stages`` events, one at the end
+    of an epoch, each scored anew and each removing the same share of the weights still there. Then
+    the masks stay, and the learning rate falls to 0. At the end batch norms get their statistics
+    anew. Each part can be switched off; ``refit`` and ``distill``, learning from the dense network
+    beside the labels, can be switched on. They are not by default, as docs/quality.md explains. The
+    optimizer is the user's: its learning rate should be that of a training from scratch or above,
+    not the small one of a fine-tuning.
+
+    Args:
+        sparsity: The share of all prunable weights removed in the end, in (0, 1).
+        epochs: ``max_epochs`` of the Trainer, at least 2.
+        stages: Pruning events; by default one in each of the first two thirds of the epochs.
+        criterion: As for :class:`SaliencyPruningCallback`.
+        refit: As for :class:`SaliencyPruningCallback`.
+        distill: The weight of the distillation, False or 0 for none, True for 0.5; or a
+            :class:`DistillationCallback`, for instance with ``module=`` where ``training_step``
+            calls a submodule.
+        decay: Let the learning rate fall at the end; for a module without schedulers of its own.
+        batch_norm: Estimate batch norm statistics at the end.
+        **pruner: Further arguments of :class:`SaliencyPruningCallback`, such as ``selection``;
+            ``likelihood`` and ``forward`` go to the other parts as well.
+
+    Raises:
+        ValueError: Arguments out of range; one message names them all.
+
+    Example:
+        >>> for callback in best(0.95, epochs=12):
+        ...     print(type(callback).__name__)
+        SaliencyPruningCallback
+        LearningRateDecay
+        BatchNormStatistics
+        >>> best(0.875, epochs=6, stages=3)[0].schedule
+        EpochSchedule(targets={0: 0.5, 1: 0.75, 3: 0.875})
+    """
+    schedule = stages_of(sparsity, epochs, stages)
+    callbacks: list[Callback] = [
+        SaliencyPruningCallback(schedule, criterion=criterion, refit=refit, **pruner)
+    ]
+    if isinstance(distill, DistillationCallback):
+        callbacks.append(distill)
+    elif distill:
+        likelihood = pruner.get("likelihood", "categorical")
+        weight = 0.5 if distill is True else distill
+        callbacks.append(DistillationCallback(weight, likelihood=likelihood))
+    if decay:
+        callbacks.append(LearningRateDecay(pruning_epochs(epochs)))
+    if batch_norm:
+        callbacks.append(BatchNormStatistics(forward=pruner.get("forward")))
+    return callbacks
+
+
+def pruning_epochs(epochs: int) -> int:
+    """Return how many of the epochs belong to pruning; in the next one all masks are in force.
+
+    Example:
+        >>> [pruning_epochs(epochs) for epochs in (2, 3, 4, 12)]
+        [1, 2, 3, 8]
+    """
+    return max(1, min(epochs - 1, round(2 * epochs / 3)))
+
+
+def stages_of(sparsity: float, epochs: int, stages: int | None = None) -> EpochSchedule:
+    """Return events at a constant rate, spread evenly over the first two thirds of the epochs.
+
+    After stage k of K the share ``1 - (1 - sparsity)^(k / K)`` is removed.
+
+    Raises:
+        ValueError: Arguments out of range; one message names them all.
+
+    Example:
+        >>> stages_of(0.9, epochs=3).targets
+        {0: 0.6837722339831621, 1: 0.9}
+    """
+    faults = count_faults(epochs=epochs)
+    if not faults and epochs < 2:
+        faults.append(f"epochs: expected at least 2, to prune and to fine-tune, but got {epochs}")
+    if isinstance(sparsity, Threshold) or target_faults({"sparsity": sparsity}) or not sparsity:
+        faults.append(f"sparsity: expected a share in (0, 1), but got {sparsity!r}")
+    room = 1 if faults else pruning_epochs(epochs)
+    if stages is not None and not faults:
+        faults += count_faults(stages=stages)
+        if not faults and stages > room:
+            faults.append(
+                f"stages: expected at most {room}, one in each of the first two thirds of "
+                f"{epochs} epochs, but got {stages}"
+            )
+    if faults:
+        raise ValueError("\n- ".join(["A recipe cannot use its arguments:", *faults]))
+    count = room if stages is None else stages
+    kept = 1 - sparsity
+    shares = [1 - kept ** ((k + 1) / count) for k in range(count - 1)] + [sparsity]
+    when = [(k + 1) * room // count - 1 for k in range(count)]
+    return EpochSchedule(dict(zip(when, shares, strict=True)))

@@ -1,0 +1,113 @@
+"""A refit in a fit: what it is fitted to, and the same result on all processes.
+
+Enters: a Trainer at a pruning event. Leaves: corrected weights, or second-order prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_prune._types import Masks, Scores
+from lightning_prune.callbacks.scorer import Scorer
+from lightning_prune.callbacks.scoring import batch_sources
+from lightning_prune.masking import zero_removed
+from lightning_prune.passes.batches import batch_size, default_forward
+from lightning_prune.passes.teacher import Teacher
+from lightning_prune.refit import Calibration, Refit, hold_out, obs_prices, refit_survivors
+from lightning_prune.saliency.parameters import check_scores
+
+
+@dataclass
+class Refitter:
+    """Refit surviving weights, or price all of them, by the calibration inputs of a fit.
+
+    In a distributed run the first process does it, by its share of the data, and the others take
+    over its result: all of them hold the same bits.
+
+    Args:
+        scorer: Whose batches are the calibration.
+        method: Which refit, ``None`` for none.
+    """
+
+    scorer: Scorer
+    method: Refit | None
+    _told: set[str] = field(default_factory=set)
+
+    def prices(
+        self, trainer: Trainer, module: LightningModule, names: list[str], masks: Masks
+    ) -> Scores:
+        """Return the second-order price of every weight."""
+        options = self.scorer.options
+        real, generated = self._batches(trainer, module)
+        prices = obs_prices(
+            module,
+            masks,
+            names,
+            [*real, *generated],
+            forward=options.forward or default_forward,
+            likelihood=options.likelihood,
+        )
+        _share(trainer, prices)
+        check_scores(prices)
+        return prices
+
+    def refit(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Masks,
+    ) -> None:
+        """Zero the removed weights and correct the others; on an error all are as before."""
+        if self.method is None:
+            return
+        options = self.scorer.options
+        dense = Teacher.of(module)
+        try:
+            zero_removed(parameters, masks)
+            real, generated = self._batches(trainer, module)
+            fit, held_out = hold_out(real)
+            calibration = Calibration(
+                dense,
+                [*fit, *generated],
+                held_out,
+                options.forward or default_forward,
+                options.likelihood,
+            )
+            report = refit_survivors(module, masks, calibration, self.method)
+            _share(trainer, dict(module.named_parameters()))
+        except BaseException:
+            dense.restore(module)
+            raise
+        news = {name: why for name, why in report.left.items() if name not in self._told}
+        self._told |= set(news)
+        if news:
+            notes = "; ".join(f"{name}: {why}" for name, why in news.items())
+            rank_zero_warn(f"The refit left some parameters as they were. {notes}")
+
+    def _batches(self, trainer: Trainer, module: LightningModule) -> tuple[list[Any], list[Any]]:
+        """Return the calibration's real batches and the generated ones beside them."""
+        real = self.scorer.calibration_batches(trainer)
+        samples = sum(map(batch_size, real))
+        generated = [
+            batch
+            for source in batch_sources(trainer)
+            if "saliency" in source.inject
+            for batch in source.scoring_batches(trainer, module, samples)
+        ]
+        return real, generated
+
+
+def _share(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Give every process the first one's values."""
+    if trainer.world_size > 1:
+        with torch.no_grad():
+            for tensor in tensors.values():
+                torch.distributed.broadcast(tensor.detach(), src=0)

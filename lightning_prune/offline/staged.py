@@ -1,0 +1,226 @@
+"""Prune a trained model in stages, without a Trainer and without retraining.
+
+Enters: a model and batches. Leaves: the same model with zeros in the place of removed weights, and
+the masks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune._targets import count_faults, is_number, raise_faults
+from lightning_prune._types import Forward, Masks, Scores
+from lightning_prune.masking import count_removed, find_prunable, zero_removed
+from lightning_prune.offline.generated import Sampler, generated_batches
+from lightning_prune.passes.batches import default_forward
+from lightning_prune.passes.teacher import Teacher
+from lightning_prune.refit import (
+    Calibration,
+    Refit,
+    hold_out,
+    obs_prices,
+    refit_method,
+    refit_survivors,
+)
+from lightning_prune.saliency import Likelihood, Target, squared_gradients
+from lightning_prune.selection import Criterion, Selection, resolve_criterion
+from lightning_prune.selection.ranking import complete_masks
+
+
+def prune(  # noqa: PLR0913  (options of users, given by name)
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    sparsity: float,
+    stages: int = 1,
+    criterion: Callable[[Scores, Mapping[str, Tensor]], Scores] | str = "taylor",
+    refit: bool | Refit = False,
+    generator: Sampler | None = None,
+    generated: int | None = None,
+    target: Target = "probability",
+    likelihood: Likelihood = "categorical",
+    tolerance: float = 1e-3,
+    forward: Forward | None = None,
+    parameters: list[str] | None = None,
+    exclude: list[str] | None = None,
+    selection: Selection | None = None,
+    masks: Masks | None = None,
+    seed: int = 0,
+) -> Masks:
+    """Remove weights of a trained model, in place, without training it.
+
+    Every stage scores the network as it is then, removes the same share of the weights still there,
+    and, with ``refit``, corrects the ones that stay so that the network stays close to what it was
+    before the first stage. The batches are kept in memory; labels are used by targets that need
+    them, and by nothing else. What is used of the model is its eval mode; modes, gradients and the
+    random state are as before.
+
+    Args:
+        model: A trained network. Its weights are changed only if all goes well.
+        batches: The calibration data: ``x``, ``(x, y)`` or dicts; axis 0 of tensors counts samples.
+        sparsity: The share of all prunable weights removed at the end, in [0, 1).
+        stages: In how many steps; more are better and take longer. 10 to 30 for high sparsities.
+        criterion: By what weights are ranked: ``"taylor"`` (w^2 R), ``"obs"`` (second order; goes
+            with ``refit``), ``"saliency"`` (R), ``"magnitude"``, ``"random"`` or a callable
+            (scores, parameters) -> scores.
+        refit: ``"outputs"`` (also ``True``) fits the network's predictions by Gauss-Newton steps,
+            ``"layers"`` each layer's pre-activations by a closed form, which is faster. A fifth of
+            the samples is held out, and a correction that makes these worse is refused.
+        generator: A VAE, or anything with ``sample(n)``: its inputs join scoring and refit. They
+            have to look like the inputs in ``batches``.
+        generated: How many; by default as many as there are real samples, but at least 1,000.
+        target: Which R, as in :func:`~lightning_prune.squared_gradients`.
+        likelihood: What the model's output means, as there.
+        tolerance: The share of the score's output energy that may be left out to save time.
+        forward: ``forward(module, batch) -> logits`` for batches that the default cannot read.
+        parameters: Names or patterns of the parameters to prune; by default all weights of layers.
+        exclude: Names or patterns of parameters to leave out of these.
+        selection: Pieces, scope and what is spared, as for the callback.
+        masks: Those of an earlier call: what they removed stays removed, and counts.
+        seed: For ``criterion="random"`` and the generator.
+
+    Returns:
+        Parameter name -> bool tensor, ``True`` = kept.
+
+    Raises:
+        ValueError: Arguments that cannot be used, all in one message; no batches; a layer that
+            ``criterion="obs"`` has no price for.
+        NonFiniteScoresError: A score is not finite.
+
+    Cost: a stage takes the time of one scoring pass (about one forward and backward pass over the
+    batches), and of the refit where there is one.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> masks = prune(model, [torch.randn(64, 8)], sparsity=0.5, stages=2, refit="layers")
+        >>> int(sum((~mask).sum() for mask in masks.values()))
+        88
+    """
+    ranking = resolve_criterion(criterion, seed=seed)
+    selection = Selection() if selection is None else selection
+    chosen: dict[str, Tensor] = dict(find_prunable(model, parameters, exclude=exclude).parameters)
+    path = _path(sparsity, stages, chosen, masks or {})
+    _check(selection, ranking, generated, chosen, path)
+    method = refit_method(refit)
+    real = list(batches)
+    if not real:
+        raise ValueError("Expected at least one batch to prune by but `batches` was empty.")
+    forward = default_forward if forward is None else forward
+    extra: list[Any] = []
+    if generator is not None:
+        extra = generated_batches(
+            model, real, generator, generated, forward=forward, likelihood=likelihood, seed=seed
+        )
+    everything = [*real, *extra]
+    scoring = _Scoring(model, chosen, everything, ranking, target, likelihood, tolerance, forward)
+    fit, held_out = hold_out(real)
+    dense = Teacher.of(model)
+    calibration = Calibration(dense, [*fit, *extra], held_out, forward, likelihood)
+    masks = complete_masks(chosen, masks)
+    try:
+        for share in path:
+            scores, saliency = scoring(masks)
+            selected = selection(scores, share, masks=masks, saliency=saliency)
+            masks = selected.masks
+            zero_removed(chosen, masks)
+            if method is not None:
+                refit_survivors(model, masks, calibration, method)
+    except BaseException:
+        dense.restore(model)
+        raise
+    if selected.guarded:
+        warnings.warn(
+            f"{', '.join(selected.guarded)} would have lost too much; the guard against collapse "
+            "left them more than the ranking asks for.",
+            stacklevel=2,
+        )
+    return masks
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The ranking of a network as it is at a stage."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    batches: list[Any]
+    ranking: Criterion
+    target: Target
+    likelihood: Likelihood
+    tolerance: float
+    forward: Forward
+
+    def __call__(self, masks: Masks) -> tuple[Scores, Scores | None]:
+        """Return the scores of all weights, and R where the ranking needs it."""
+        names = list(self.parameters)
+        if self.ranking.needs_scores:
+            saliency = squared_gradients(
+                self.model,
+                self.batches,
+                target=self.target,
+                likelihood=self.likelihood,
+                tolerance=self.tolerance,
+                forward=self.forward,
+                parameters=names,
+            )
+            return self.ranking(saliency, self.parameters), saliency
+        prices: Scores = {}
+        if self.ranking.needs_prices:
+            prices = obs_prices(
+                self.model,
+                masks,
+                names,
+                self.batches,
+                forward=self.forward,
+                likelihood=self.likelihood,
+            )
+        return self.ranking(prices, self.parameters), None
+
+
+def _path(
+    sparsity: Any, stages: Any, parameters: Mapping[str, Tensor], masks: Masks
+) -> list[float]:
+    """Return the share removed after each stage: each removes the same share of what is left.
+
+    Raises:
+        ValueError: There is no such path; the message lists every fault.
+    """
+    faults = count_faults(stages=stages)
+    if not is_number(sparsity) or not 0 <= sparsity < 1:
+        faults.append(f"sparsity: expected a share in [0, 1), but got {sparsity!r}")
+    raise_faults(faults, "The arguments")
+    removed, _ = count_removed(masks)
+    total = sum(parameter.numel() for parameter in parameters.values())
+    before = removed / total
+    if sparsity < before:
+        raise ValueError(
+            f"Expected `sparsity` of at least {before:.4f}, what `masks` remove already, but got "
+            f"{sparsity}."
+        )
+    left = (1 - sparsity) / (1 - before)
+    path = [1 - (1 - before) * left ** (k / stages) for k in range(1, stages)]
+    return [*path, float(sparsity)]
+
+
+def _check(
+    selection: Selection,
+    ranking: Criterion,
+    generated: Any,
+    parameters: Mapping[str, Tensor],
+    path: list[float],
+) -> None:
+    faults = selection.faults(parameters, path)
+    if selection.regrow > 0 and not ranking.needs_scores:
+        faults.append(
+            f"regrow={selection.regrow} compares weights by R, which criterion={ranking.name!r} "
+            "has no use for. Choose 'taylor' or 'saliency'"
+        )
+    if generated is not None:
+        faults += count_faults(generated=generated)
+    raise_faults(faults, "The arguments")

@@ -1,0 +1,74 @@
+"""The data that a refit fits to, those it is checked on, and the network it has to stay close to.
+
+Enters: batches in the user's form and the weights before removal. Leaves: two sets of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from lightning_prune._types import Forward
+from lightning_prune.passes.batches import batch_size, default_forward, take_samples
+from lightning_prune.passes.teacher import Teacher
+
+Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
+
+EVERY = 5
+"""One sample in so many is held out."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What surviving weights are fitted to.
+
+    Args:
+        dense: The weights before anything was removed; the reference.
+        batches: Samples to fit to, in the form that ``forward`` reads. Labels are not used.
+        held_out: Samples to check on: a change that makes them worse is refused. If there are none,
+            those of ``batches`` are used.
+        forward: ``forward(module, batch) -> logits``.
+        likelihood: How the logits are read: ``"categorical"`` (softmax over axis 1),
+            ``"bernoulli"`` (one logit an output), ``"gaussian"`` (the output is the prediction).
+    """
+
+    dense: Teacher
+    batches: list[Any]
+    held_out: list[Any]
+    forward: Forward = default_forward
+    likelihood: Likelihood = "categorical"
+
+    @property
+    def checked_on(self) -> list[Any]:
+        """The samples that a change has to stand on."""
+        return self.held_out or self.batches
+
+
+def hold_out(batches: Iterable[Any], every: int = EVERY) -> tuple[list[Any], list[Any]]:
+    """Split batches: each ``every``-th sample is held out, counted over all batches.
+
+    Returns:
+        The batches without these samples, and these samples; empty ones are left out.
+
+    Example:
+        >>> fit, held_out = hold_out([torch.arange(4), torch.arange(4, 8)])
+        >>> fit, held_out
+        ([tensor([0, 1, 2, 3]), tensor([5, 6, 7])], [tensor([4])])
+    """
+    fit: list[Any] = []
+    held_out: list[Any] = []
+    seen = 0
+    for batch in batches:
+        size = batch_size(batch)
+        index = torch.arange(seen, seen + size)
+        seen += size
+        for part, chosen in (
+            (fit, index % every != every - 1),
+            (held_out, index % every == every - 1),
+        ):
+            if bool(chosen.any()):
+                part.append(take_samples(batch, chosen.nonzero()[:, 0]))
+    return fit, held_out

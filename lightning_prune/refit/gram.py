@@ -1,0 +1,69 @@
+"""All that least squares asks of a layer's inputs and targets: sums of products, batch by batch.
+
+Enters: calls of a layer. Leaves: Gram and cross moments in float64, by group. Their size is that of
+the weight's rows squared, whatever the number of samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prune.refit.columns import Linear, as_rows, chunks
+from lightning_prune.refit.layers import Layer
+
+
+@dataclass
+class Moments:
+    """Sums over samples and positions, for columns a (K) and targets z (D_out / G) of each group.
+
+    With ``bias``, a column of ones is appended to a: K is then one more than a row of the weight.
+
+    Args:
+        bias: Whether the columns end with one of ones.
+        gram: (G, K, K) the sum of a a^T, float64.
+        cross: (G, K, D_out / G) the sum of a z^T; empty without targets.
+        squares: The sum of z^2 over all outputs.
+        positions: How many positions were summed over.
+    """
+
+    bias: bool
+    gram: Tensor
+    cross: Tensor
+    squares: float = 0.0
+    positions: int = 0
+
+    @classmethod
+    def empty(cls, layer: Layer, *, bias: bool) -> Moments:
+        """Return sums over nothing for a layer."""
+        rows = as_rows(layer.module, layer.weight)
+        size = rows.shape[2] + bias
+        device = torch.device("cpu") if rows.device.type == "mps" else rows.device
+        zeros = torch.zeros(
+            rows.shape[0], size, size + rows.shape[1], dtype=torch.float64, device=device
+        )
+        return cls(bias, zeros[..., :size].contiguous(), zeros[..., size:].contiguous())
+
+    def add(self, module: Linear, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add one call of the layer.
+
+        Args:
+            module: The layer.
+            inputs: What it was called with.
+            targets: What it should have returned, shaped like its output.
+        """
+        for a, z in chunks(module, inputs, targets):
+            columns = F.pad(a, (0, 1), value=1.0) if self.bias else a
+            self.gram += columns.mT @ columns
+            self.positions += columns.shape[1]
+            if z is not None:
+                self.cross += columns.mT @ z
+                self.squares += float(z.square().sum())
+
+    def error(self, rows: Tensor) -> float:
+        """Return the squared error ``sum |a W^T - z|^2`` of rows W (G, D_out / G, K)."""
+        quadratic = ((rows @ self.gram) * rows).sum()
+        return float(quadratic - 2 * (rows * self.cross.mT).sum()) + self.squares

@@ -1,0 +1,164 @@
+"""What removing a weight costs once the other weights of its row have made up for it.
+
+Enters: a model, masks, batches. Leaves: a price for each weight of linear layers and convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._types import Forward, Masks, Scores
+from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.passes.batches import batch_size, default_forward, outside_inference_mode
+from lightning_prune.refit.calibration import Likelihood
+from lightning_prune.refit.columns import as_rows
+from lightning_prune.refit.gram import Moments
+from lightning_prune.refit.layers import Layer, borrowed, calls_of, find_layers
+from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridged
+from lightning_prune.refit.output_saliency import output_saliency
+
+
+def obs_prices(
+    model: nn.Module,
+    masks: Masks,
+    names: Iterable[str],
+    batches: list[Any],
+    *,
+    forward: Forward = default_forward,
+    likelihood: Likelihood = "categorical",
+    ridge: float = 1e-3,
+) -> Scores:
+    """Return the second-order price of each weight.
+
+    For weight i of output row r with survivors S,
+
+        price_i = w_i^2 / [(H_S + lambda 1)^-1]_ii * s_r / N
+
+    with H the sum over samples and positions of a a^T, a the columns that the network as it is now
+    feeds the layer, lambda ``ridge`` times the mean of H's diagonal, s_r the output saliency
+
+        s_r = sum over samples and classes of (dP_y / dz_r)^2
+
+    and N the number of samples: to second order, and with inputs and output gradients taken as
+    independent, the sum over samples of the squared change of the probabilities. So prices compare
+    across rows and layers. For convolutions s_r is summed over positions and divided by their
+    number, which takes positions as independent too (the Kronecker factors of Grosse and Martens).
+
+    Args:
+        model: The network as it is now; its mode, gradients, hooks and random numbers are left as
+            they were.
+        masks: Full name -> bool tensor, True = kept, for what was pruned already; may be empty.
+        names: Full names of the weights to price.
+        batches: Samples, in the form that ``forward`` reads. Labels are not used.
+        forward: ``forward(model, batch) -> logits``.
+        likelihood: How the logits are read: ``"categorical"`` (softmax over axis 1; of more than 64
+            classes the 64 likeliest of a batch), ``"bernoulli"``, ``"gaussian"``.
+        ridge: Keeps inputs that are 0 in every sample or repeat one another solvable; > 0.
+
+    Returns:
+        Name -> prices shaped like the weight, in probability^2, float32 or the weight's float64; 0
+        for removed weights.
+
+    Raises:
+        ValueError: A name is not the weight of a linear layer or convolution whose output is its
+            columns times its weight, ``ridge`` is no positive number or there are no batches.
+        NonFiniteScoresError: Logits, inputs or prices are not finite.
+
+    Cost: one forward pass and one backward pass a class, one forward pass a layer up to that layer,
+    and K^3 of work for each different set of survivors of rows of length K.
+
+    Source: LeCun, Denker and Solla, 1990, "Optimal brain damage"; Hassibi and Stork, 1993, "Second
+    order derivatives for network pruning: Optimal Brain Surgeon"; for convolutions Grosse and
+    Martens, 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers".
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 1.0]]))
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> obs_prices(model, {}, ["weight"], [x], likelihood="gaussian", ridge=1e-9)["weight"]
+        tensor([[9., 1.]])
+    """
+    check_ridge(ridge)
+    if not batches:
+        raise ValueError("Expected argument `batches` to hold at least one batch, but got none.")
+    names = list(names)
+    _check_names(model, names, masks)
+    with torch.inference_mode(False):
+        batches = [outside_inference_mode(batch) for batch in batches]
+    with borrowed(model):
+        layers, left = find_layers(model, names, partial(forward, model, batches[0]))
+    _raise_left(left)
+    with borrowed(model, gradients=True):
+        saliency = output_saliency(model, layers, batches, forward, likelihood)
+    samples = sum(batch_size(batch) for batch in batches)
+    prices: Scores = {}
+    with borrowed(model):
+        for layer in layers:
+            gram = _gram(model, layer, batches, forward)
+            keep = masks.get(layer.name, torch.ones_like(layer.weight, dtype=torch.bool))
+            prices[layer.name] = _price(layer, gram, keep, saliency[layer.name] / samples, ridge)
+    return {name: prices[name] for name in names}
+
+
+def _check_names(model: nn.Module, names: list[str], masks: Masks) -> None:
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    faults = [
+        f"{name!r}: the model has no parameter of this name" for name in names if name not in shapes
+    ]
+    faults += [
+        f"masks[{name!r}]: expected a bool tensor of shape {tuple(shapes[name])}, but got "
+        f"{masks[name].dtype} {tuple(masks[name].shape)}"
+        for name in names
+        if name in shapes
+        and name in masks
+        and (masks[name].dtype != torch.bool or masks[name].shape != shapes[name])
+    ]
+    if faults:
+        raise ValueError("\n- ".join(["Expected weights of the model and their masks:", *faults]))
+
+
+def _raise_left(left: dict[str, str]) -> None:
+    if left:
+        lines = [f"{name!r}: {reason}" for name, reason in left.items()]
+        raise ValueError(
+            "\n- ".join(
+                [
+                    "Expected weights of linear layers and convolutions, which second-order prices "
+                    "are defined for. Exclude these parameters or use criterion='taylor':",
+                    *lines,
+                ]
+            )
+        )
+
+
+def _gram(model: nn.Module, layer: Layer, batches: list[Any], forward: Forward) -> Tensor:
+    moments = Moments.empty(layer, bias=False)
+    for index, batch in enumerate(batches):
+        for inputs, _ in calls_of(layer, partial(forward, model, batch), index):
+            moments.add(layer.module, inputs)
+    return moments.gram
+
+
+def _price(layer: Layer, gram: Tensor, keep: Tensor, saliency: Tensor, ridge: float) -> Tensor:
+    """Return the prices of one layer; ``saliency`` is that of its rows (D_out), a sample."""
+    w = as_rows(layer.module, layer.weight.detach()).to(gram)
+    kept = as_rows(layer.module, keep.to(gram.device))
+    s = as_rows(layer.module, saliency.to(gram))
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFiniteScoresError(
+            f"Expected finite inputs of the layer of {layer.name!r} to price its weights by, but "
+            "they contain NaN or infinity. Nothing was pruned by them."
+        )
+    found = torch.zeros_like(w)
+    for g in range(gram.shape[0]):
+        if float(gram[g].diagonal().sum()) > 0:  # without any input no weight of it matters
+            diagonal = inverse_diagonals(ridged(gram[g], ridge)[0], kept[g])
+            price = w[g].square() * s[g] / diagonal
+            found[g] = torch.where(kept[g], price, torch.zeros_like(price))
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    return found.reshape(layer.weight.shape).to(layer.weight.device, dtype)

@@ -1,0 +1,151 @@
+"""How far the predictions move when one output of a layer moves: sum over (dP_y / dz_r)^2.
+
+Enters: layers and batches. Leaves: one number for each output row of each layer. One forward pass
+with the layers' outputs kept, then one backward pass for each class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_prune._types import Forward
+from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.passes.batches import batch_size
+from lightning_prune.passes.isolation import derived_seed, own_randomness
+from lightning_prune.refit.calibration import Likelihood
+from lightning_prune.refit.layers import Layer, device_of, watching
+
+MOST_CLASSES = 64
+"""Beyond so many classes the likeliest of a batch stand for all."""
+
+
+def output_saliency(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    forward: Forward,
+    likelihood: Likelihood,
+) -> dict[str, Tensor]:
+    """Return the output saliency of each row of each layer.
+
+    The sum over samples, positions and classes of (dP_y / dz)^2, divided by the number of positions
+    of a sample: with one position it is the exact sum over samples and classes. Has to be called
+    with gradients on and the model in eval mode.
+
+    Args:
+        model: The model.
+        layers: Its layers, as :func:`~lightning_prune.refit.layers.find_layers` returns them.
+        batches: Samples, in the form that ``forward`` reads.
+        forward: ``forward(model, batch) -> logits``.
+        likelihood: How the logits are read.
+
+    Returns:
+        Name of the layer's weight -> (D_out,) float64, in probability^2 per pre-activation^2.
+
+    Raises:
+        ValueError: The logits have no class axis.
+        NonFiniteScoresError: Logits are NaN or infinite.
+    """
+    totals: dict[str, Tensor] = {}
+    positions = dict.fromkeys((layer.name for layer in layers), 0)
+    samples = 0
+    for index, batch in enumerate(batches):
+        samples += batch_size(batch)
+        logits, edges = _forward(model, layers, partial(forward, model, batch), index)
+        owners = [layer for layer, _ in edges]
+        directions = list(_directions(logits, likelihood, index))
+        for i, direction in enumerate(directions):
+            found = torch.autograd.grad(
+                direction,
+                [edge for _, edge in edges],
+                retain_graph=i + 1 < len(directions),
+                allow_unused=True,
+            )
+            for layer, gradient in zip(owners, found, strict=True):
+                if gradient is not None:
+                    g = _by_row(layer, gradient)
+                    squares = g.square().sum(0)
+                    totals[layer.name] = totals.get(layer.name, torch.zeros_like(squares)) + squares
+                    positions[layer.name] += len(g) if i == 0 else 0
+    return {
+        layer.name: totals.get(layer.name, torch.zeros(layer.weight.shape[0], dtype=torch.float64))
+        / max(1.0, positions[layer.name] / max(1, samples))
+        for layer in layers
+    }
+
+
+def _forward(
+    model: nn.Module, layers: Sequence[Layer], run: Any, index: int
+) -> tuple[Tensor, list[tuple[Layer, GradientEdge]]]:
+    """Return the logits, and for each call of a layer where its output's gradient arrives."""
+    owners: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+    edges: list[tuple[Layer, GradientEdge]] = []
+
+    def see(module: nn.Module, _: Tensor, outputs: Tensor) -> Tensor:
+        # Added to something that requires gradients, the output does so in a frozen network too.
+        # The edge stays that of this value if a later layer changes it in place.
+        outputs = (
+            outputs + torch.zeros((), dtype=outputs.dtype, device=outputs.device).requires_grad_()
+        )
+        edges.append((owners[module], get_gradient_edge(outputs)))
+        return outputs
+
+    with own_randomness(device_of(model), "refit", index), watching(owners, see):
+        logits: Tensor = run()
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteScoresError(
+            "Expected finite logits to price weights by, but the model returned NaN or infinity "
+            f"for batch {index}. Nothing was pruned by them; check its inputs and weights."
+        )
+    return logits, edges
+
+
+def _by_row(layer: Layer, gradient: Tensor) -> Tensor:
+    """Reshape an output gradient to (M, D_out), in float64 where there is such a thing."""
+    device = torch.device("cpu") if gradient.device.type == "mps" else gradient.device
+    gradient = gradient.to(device).double()
+    if not isinstance(layer.module, nn.Linear):
+        axis = gradient.ndim - 1 - len(layer.module.kernel_size)
+        gradient = gradient.movedim(axis, -1)
+    return gradient.reshape(-1, gradient.shape[-1])
+
+
+def _directions(logits: Tensor, likelihood: Likelihood, index: int) -> Iterator[Tensor]:
+    """Yield scalars whose squared gradients, sample by sample, add up to the sum over classes.
+
+    Samples do not touch one another, so the gradient of a sum over them holds each one's own. What
+    one sample has several of (positions of dense predictions, many outputs) enters with random
+    signs: the cross terms then vanish on average.
+    """
+    z = logits.double() if logits.device.type != "mps" else logits
+    generator = torch.Generator().manual_seed(derived_seed("output saliency", index))
+    if likelihood == "categorical":
+        if z.ndim < 2:
+            raise ValueError(
+                "Expected logits of shape (N, C) or (N, C, ...) for likelihood='categorical', but "
+                f"got {tuple(z.shape)}. For one logit an output use likelihood='bernoulli'."
+            )
+        p = z.softmax(1)
+        classes = p.detach().transpose(0, 1).flatten(1).sum(1).topk(min(MOST_CLASSES, p.shape[1]))
+        for y in classes.indices.tolist():
+            part = p[:, y]
+            yield (part if part.ndim == 1 else part * _signs(part.shape, generator, part)).sum()
+        return
+    # Both classes of a logit move by p (1 - p): twice its square.
+    outputs = (z.sigmoid() * math.sqrt(2) if likelihood == "bernoulli" else z).reshape(len(z), -1)
+    if outputs.shape[1] <= MOST_CLASSES:
+        yield from outputs.sum(0)
+        return
+    for _ in range(MOST_CLASSES):
+        yield (outputs * _signs(outputs.shape, generator, outputs)).sum() / math.sqrt(MOST_CLASSES)
+
+
+def _signs(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
+    return (2.0 * torch.randint(0, 2, shape, generator=generator) - 1).to(like)

@@ -1,0 +1,229 @@
+"""Running statistics against plain averages over the batches, and all else as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.callbacks.batch_norm_statistics import (
+    BatchNormStatistics,
+    batch_norms,
+    estimate_statistics,
+)
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from tests.callbacks.pruning_cases import (
+    Digits,
+    TrainOnly,
+    digits,
+    fit,
+    loaders,
+    make_model,
+    warnings_of,
+)
+from tests.callbacks.pruning_cases import trainer as make_trainer
+
+
+def averages(model: Digits, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over batches of the first layer's batch means and unbiased variances, in float64."""
+    layer = copy.deepcopy(model.net[0]).double()
+    seen = [layer(x.double()).detach() for x, *_ in batches]
+    means = torch.stack([z.mean(0) for z in seen]).mean(0)
+    return means, torch.stack([z.var(0, unbiased=True) for z in seen]).mean(0)
+
+
+def check(model: Digits, batches: Any) -> None:
+    mean, variance = averages(model, batches)
+    norm = model.net[1]
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_averages_over_the_training_batches() -> None:
+    model = fit(BatchNormStatistics(), max_epochs=2)
+    check(model, loaders()[0])
+    twin = copy.deepcopy(model)
+    update_bn(loaders()[0], twin)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
+    assert model.net[1].momentum == 0.1
+    assert all(module.training for module in model.modules())
+
+
+def test_they_are_not_what_training_leaves() -> None:
+    with pytest.raises(AssertionError):
+        check(fit(max_epochs=2), loaders()[0])
+
+
+def test_some_batches_are_enough() -> None:
+    model = fit(BatchNormStatistics(2), max_epochs=1)
+    check(model, list(loaders()[0])[:2])
+
+
+def test_they_are_those_of_the_pruned_network_also_after_an_event_at_the_end() -> None:
+    pruner = SaliencyPruningCallback({1: 0.5, 2: 0.9})
+    model = fit(pruner, BatchNormStatistics(), max_epochs=3)  # the last event is at the very end
+    assert pruner.sparsity == pytest.approx(0.9, abs=1e-3)
+    assert int((model.net[0].weight == 0).sum()) > 1000
+    check(model, loaders()[0])
+
+
+def test_the_last_validation_and_checkpoint_have_them(tmp_path) -> None:
+    class Look(L.Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            self.mean = pl_module.net[1].running_mean.clone()
+
+    look, saving = Look(), ModelCheckpoint(tmp_path, "last-{epoch}", every_n_epochs=1)
+    model = fit(BatchNormStatistics(), look, saving, max_epochs=2, enable_checkpointing=True)
+    assert torch.equal(look.mean, model.net[1].running_mean)
+    saved = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.1.running_mean"], model.net[1].running_mean)
+
+
+@pytest.mark.parametrize("how", [{"max_steps": 7}, {"max_epochs": -1, "max_steps": 7}])
+def test_the_end_may_be_a_number_of_steps(how) -> None:
+    check(fit(BatchNormStatistics(), **how), loaders()[0])
+
+
+def test_the_end_may_come_early() -> None:
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    check(fit(BatchNormStatistics(), Stop(), max_epochs=5), loaders()[0])
+
+
+def test_averaged_weights_have_statistics_of_their_own() -> None:
+    model = fit(EMAWeightAveraging(decay=0.9), BatchNormStatistics(), max_epochs=2)
+    check(model, loaders()[0])
+
+
+def test_nothing_else_changes() -> None:
+    states = []
+    for callbacks in ([BatchNormStatistics()], []):
+        torch.manual_seed(5)
+        model = make_model()
+        generator = torch.Generator().manual_seed(3)
+        x, y = digits()
+        shuffled = DataLoader(
+            TensorDataset(x[:320], y[:320]), 64, shuffle=True, generator=generator
+        )
+        make_trainer(*callbacks, max_epochs=2).fit(model, shuffled, loaders()[1])
+        states.append((model, torch.get_rng_state(), generator.get_state()))
+    (one, *random), (other, *as_before) = states
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(random, as_before, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one.net[1].running_mean, other.net[1].running_mean)
+
+
+def test_dropout_and_frozen_norms() -> None:
+    """Dropout is off in the pass; a norm in eval mode, or without statistics, is not touched."""
+
+    class Mixed(Digits):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(64, 24),
+                nn.BatchNorm1d(24),
+                nn.Dropout(0.5),
+                nn.BatchNorm1d(24),
+                nn.BatchNorm1d(24, track_running_stats=False),
+                nn.Linear(24, 10),
+            )
+
+        def on_train_epoch_start(self) -> None:
+            self.net[3].eval()
+
+    torch.manual_seed(1)
+    model = Mixed()
+    fit(BatchNormStatistics(), model=model, max_epochs=1)
+    check(model, loaders()[0])
+    assert not model.net[3].running_mean.any()
+    assert not model.net[3].training
+    assert model.net[2].training
+    assert model.net[4].running_mean is None
+
+
+def test_a_model_without_batch_norm_costs_no_pass() -> None:
+    class Plain(TrainOnly):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 10))
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.net(x)
+
+    model = Plain()
+    fit(BatchNormStatistics(), model=model, val=False, max_epochs=1)
+    assert model.calls == 5
+
+
+def test_a_loader_that_is_used_up_leaves_them_as_they_are() -> None:
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self) -> None:
+            self.left = list(zip(*digits(), strict=True))[:64]
+
+        def __iter__(self) -> Any:
+            while self.left:
+                yield self.left.pop()
+
+    model = make_model()
+    with warnings_of("no batches a second time"):
+        make_trainer(BatchNormStatistics(), max_epochs=1).fit(model, DataLoader(Once(), 32))
+    assert model.net[1].running_mean.any()
+
+
+def test_a_forward_of_the_users() -> None:
+    x, _ = digits()
+    batches = DataLoader(TensorDataset(torch.zeros(96), x[:96]), 32)
+
+    class Odd(TrainOnly):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self(batch[1]).square().mean()
+
+    model = Odd()
+    ours = BatchNormStatistics(forward=lambda module, batch: module(batch[1]))
+    make_trainer(ours, max_epochs=1).fit(model, batches)
+    check(model, [(x,) for _, x in batches])
+
+
+def test_after_an_exception_all_is_as_before() -> None:
+    model = make_model().train()
+    model(digits()[0][:64])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="half-way"):
+        estimate_statistics(model, batch_norms(model), list(loaders()[0]), _break())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert model.net[1].momentum == 0.1
+    assert model.training
+    assert model.net[1].training
+
+
+def _break() -> Any:
+    calls = []
+
+    def forward(module: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("half-way")
+        return module(batch[0])
+
+    return forward
+
+
+@pytest.mark.parametrize("batches", [0, 1.5, -1])
+def test_a_number_of_batches_that_cannot_be(batches) -> None:
+    with pytest.raises(ValueError, match="batches"):
+        BatchNormStatistics(batches)

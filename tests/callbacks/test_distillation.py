@@ -1,0 +1,391 @@
+"""What the logits' gradients become: a mixture, scaled, shared out, kept over a resume."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.augment.mixing import distillation_loss
+from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.preflight import PruningSetupError
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
+from tests.callbacks.pruning_cases import (
+    QUIET,
+    digits,
+    fit,
+    loaders,
+    make_model,
+    trainer,
+    warnings_of,
+)
+
+WEIGHT, TEMPERATURE, BATCH = 0.3, 3.0, 24
+
+
+class Model(L.LightningModule):
+    """64-16-10 with dropout, which the teacher must not draw."""
+
+    def __init__(self, automatic: bool = True, calls: str = "model", optimizer: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        self.automatic_optimization, self.calls = automatic, calls
+        self.make = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x) if self.calls == "model" else self.net(x)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(self.logits(batch[0]).float(), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+        loss = self.loss(batch)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+class Recorder(L.Callback):
+    """Moves the model away from its teacher; notes weights and gradients at each step."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            pl_module.net[0].weight[:8] = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = dict(pl_module.named_parameters())
+        self.weights.append({n: p.detach().clone() for n, p in named.items()})
+        self.gradients.append({n: p.grad.clone() for n, p in named.items()})
+
+
+def run(model: Any, callback: DistillationCallback, *more: Any, samples: int = 96, **kwargs: Any):
+    recorder = Recorder()
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 1, **kwargs}, callbacks=[callback, *more, recorder]
+    )
+    x, y = digits()
+    trainer.fit(model, DataLoader(TensorDataset(x[:samples], y[:samples]), BATCH))
+    return recorder
+
+
+def callback(**kwargs: Any) -> DistillationCallback:
+    return DistillationCallback(WEIGHT, TEMPERATURE, **kwargs)
+
+
+def expected(weights: dict[str, torch.Tensor], batch: Any, dtype: Any = torch.float64):
+    """The mixture's gradients in double precision, with the divergence written out."""
+    student, teacher = Model().to(dtype), Model().to(dtype)
+    student.load_state_dict(weights)
+    x, y = batch[0].to(dtype), batch[1]
+    z, t = student.net(x), teacher.net(x).detach()
+    loss, n = F.cross_entropy(z, y), len(z)
+    p, q = (t / TEMPERATURE).softmax(1), (z / TEMPERATURE).softmax(1)
+    kd = TEMPERATURE**2 * (p * (p.log() - q.log())).sum() / n
+    (at_logits,) = torch.autograd.grad(kd, z, retain_graph=True)
+    torch.testing.assert_close(at_logits, TEMPERATURE * (q - p) / n)  # the closed form
+    total = (1 - WEIGHT) * loss + WEIGHT * kd
+    names = [name for name, _ in student.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(total, list(student.parameters())), strict=True))
+
+
+def check(recorder: Recorder, step: int, batches: list[Any], rtol: float = 1e-4, **how: Any):
+    parts = [expected(recorder.weights[step], batch) for batch in batches]
+    for name, got in recorder.gradients[step].items():
+        mean = sum(part[name] for part in parts) / len(parts)
+        torch.testing.assert_close(got.double(), mean, rtol=rtol, atol=how.get("atol", 1e-6))
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_gradients_are_those_of_the_mixture(automatic) -> None:
+    recorder = run(Model(automatic), callback())
+    for step in (0, 3):
+        check(recorder, step, [recorder.batches[step]])
+
+
+def test_accumulated_batches_share_the_term_as_the_loss() -> None:
+    recorder = run(Model(), callback(), accumulate_grad_batches=4)
+    assert len(recorder.gradients) == 1
+    check(recorder, 0, recorder.batches)
+
+
+def test_half_precision() -> None:
+    recorder = run(Model(), callback(), precision="bf16-mixed")
+    check(recorder, 1, [recorder.batches[1]], rtol=0.1, atol=2e-3)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_scale_of_mixed_precision_comes_and_goes(automatic) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4096.0))
+    recorder = run(Model(automatic), callback(), plugins=[plugin])
+    check(recorder, 1, [recorder.batches[1]], rtol=5e-2, atol=5e-4)
+
+
+def test_a_wrapped_model_is_called_once(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        recorder = run(Model(), callback(), strategy=DDPStrategy(process_group_backend="gloo"))
+    finally:
+        torch.distributed.destroy_process_group()
+    check(recorder, 1, [recorder.batches[1]])
+
+
+def test_a_named_submodule() -> None:
+    recorder = run(Model(calls="net"), callback(module="net"))
+    check(recorder, 2, [recorder.batches[2]])
+
+
+def test_every_call_of_a_step_has_its_term() -> None:
+    class Twice(Model):
+        def loss(self, batch: Any) -> torch.Tensor:
+            with torch.no_grad():
+                self(batch[0])  # has none
+            halves = [(batch[0][:12], batch[1][:12]), (batch[0][12:], batch[1][12:])]
+            return sum(super(Twice, self).loss(half) for half in halves)
+
+    recorder = run(Twice(), callback())
+    parts = [
+        expected(recorder.weights[0], [part[index] for part in recorder.batches[0]])
+        for index in (slice(0, 12), slice(12, 24))
+    ]
+    for name, got in recorder.gradients[0].items():
+        torch.testing.assert_close(
+            got.double(), sum(part[name] for part in parts), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_gradients_that_the_step_takes_for_itself_are_its_own() -> None:
+    class Penalty(Model):
+        """Adds nothing to the loss, but would see a term in what it asks for."""
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            logits = self(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            (own,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            hot = F.one_hot(batch[1], 10)
+            torch.testing.assert_close(own, (logits.softmax(1) - hot).detach() / len(logits))
+            return loss
+
+    recorder = run(Penalty(), callback())
+    check(recorder, 1, [recorder.batches[1]])
+
+
+def test_lbfgs_has_the_term_in_every_evaluation() -> None:
+    model = Model(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=3))
+    recorder = run(model, callback(), samples=BATCH)
+    assert len(recorder.gradients) > 2
+    for step in range(len(recorder.gradients)):
+        check(recorder, step, [recorder.batches[0]], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "categorical"])
+def test_logits_of_other_kinds_and_shapes(likelihood) -> None:
+    """(N, T, C) in an object with `logits` under Hugging Face's convention, and plain ones."""
+
+    class Output(SimpleNamespace):
+        pass
+
+    class Other(Model):
+        def forward(self, x: torch.Tensor) -> Any:
+            logits = self.net(x)
+            if likelihood != "categorical":
+                return logits
+            return Output(logits=logits.reshape(len(x), 2, 5))
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            self.output = output = self(batch[0])
+            logits = output if isinstance(output, torch.Tensor) else output.logits
+            logits.retain_grad()
+            self.kept = logits
+            return 0.0 * logits.sum()
+
+    model = Other()
+    teacher = Model()
+    recorder = run(model, callback(likelihood=likelihood), samples=BATCH)
+    student = Model()
+    student.load_state_dict(recorder.weights[0])
+    x = recorder.batches[0][0]
+    z, t = student.net(x).detach().requires_grad_(), teacher.net(x).detach()
+    if likelihood == "categorical":
+        a, b = (v.reshape(len(x), 2, 5).transpose(1, 2) for v in (z, t))
+    else:
+        a, b = z, t
+    distillation_loss(a, b, likelihood, TEMPERATURE).backward()
+    torch.testing.assert_close(
+        model.kept.grad.reshape(len(x), 10), WEIGHT * z.grad, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_weight_of_zero_leaves_the_training_as_it_is() -> None:
+    class Dropping(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 10))
+
+    states = []
+    for weight in (0.0, None):
+        torch.manual_seed(3)
+        model = Dropping()
+        trained = DistillationCallback(weight) if weight is not None else L.Callback()
+        run(model, trained)  # type: ignore[arg-type]
+        states.append(model.state_dict())
+    for a, b in zip(states[0].values(), states[1].values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_dense_network_is_that_before_the_first_event() -> None:
+    pruner, learning = SaliencyPruningCallback({1: 0.5, 3: 0.8}), DistillationCallback(0.5)
+    seen = {}
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.setdefault(trainer.current_epoch, learning._teacher is not None)
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1 and not trainer.sanity_checking:
+                seen["weight"] = pl_module.net[0].weight.detach().clone()
+            logged = trainer.callback_metrics
+            seen["logged"] = float(logged.get("distill/loss", torch.nan))
+
+    model = fit(pruner, learning, Watch(), max_epochs=5)
+    assert [seen[epoch] for epoch in range(5)] == [False, False, True, True, True]
+    assert torch.equal(learning._teacher.weights["net.0.weight"], seen["weight"])
+    assert 0 < seen["logged"] < 10
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert pruner.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_resumed_run_learns_from_the_dense_network(tmp_path) -> None:
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    def callbacks() -> list[Any]:
+        return [SaliencyPruningCallback({1: 0.8, 3: 0.9}), DistillationCallback(0.5)]
+
+    whole = fit(*callbacks(), Save(), max_epochs=5)
+    state = torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"]
+    assert any(s.get("teacher") for s in state.values())
+    resumed, again = make_model(), callbacks()
+    trainer(*again, max_epochs=5).fit(resumed, *loaders(), ckpt_path=tmp_path / "c.ckpt")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_step_that_calls_something_else_is_refused() -> None:
+    with pytest.raises(PruningSetupError, match=r"expected training_step to call the model.*net"):
+        run(Model(calls="net"), callback())
+    with pytest.raises(PruningSetupError, match=r"no 'body'.*'net'"):
+        run(Model(), callback(module="body"))
+
+
+def test_an_output_without_logits_is_refused_in_the_first_step() -> None:
+    class Pair(Model):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.net(x), x
+
+        def logits(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)[0]
+
+    model, pruner = Pair(), SaliencyPruningCallback({5: 0.5}, criterion="magnitude")
+    with pytest.raises(PruningSetupError, match="got a tuple"):
+        run(model, callback(), pruner, max_epochs=6)
+    assert not model._forward_hooks  # nothing is left behind after an exception
+    run(Pair(), callback(module="net"))
+
+
+def test_a_loss_that_passes_lightning_by_is_noticed() -> None:
+    class Raw(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    with warnings_of("nothing was learnt from the dense network"):
+        run(Raw(automatic=False), callback())
+
+
+def test_generated_inputs_keep_a_term_of_their_own() -> None:
+    """The other distillation, in after-backward hooks, is not touched."""
+    recorded = []
+    for with_real in (False, True):
+        torch.manual_seed(0)
+        vae = VAEAugmentCallback(inject=("train",), warmup=1)
+        first = [DistillationCallback(0.0)] if with_real else []
+        vae._teacher = None
+
+        class Keep(L.Callback):
+            def __init__(self, vae: Any) -> None:
+                self.vae = vae
+
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                self.vae.before_pruning(trainer, pl_module)
+
+        recorded.append(run(Model(), vae, *first, Keep(vae)))  # type: ignore[arg-type]
+    for a, b in zip(recorded[0].gradients, recorded[1].gradients, strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_pruned_before_is_its_own_teacher_with_a_warning() -> None:
+    pruner = SaliencyPruningCallback({0: 0.5}, criterion="magnitude")
+    model = fit(pruner, max_epochs=2)
+    with warnings_of("pruned already and no dense weights"):
+        fit(pruner, DistillationCallback(), model=model, max_epochs=1)
+
+
+def test_a_second_model_has_a_second_teacher() -> None:
+    learning = DistillationCallback()
+    first, second = Model(), Model()
+    run(first, learning)
+    kept = learning._teacher
+    run(first, learning)
+    assert learning._teacher is kept
+    run(second, learning)
+    assert learning._teacher is not kept
+
+
+def test_copies_and_short_runs() -> None:
+    learning = DistillationCallback()
+    run(Model(), learning, fast_dev_run=True)
+    copied = copy.deepcopy(learning)
+    assert torch.equal(
+        copied._teacher.weights["net.0.weight"], learning._teacher.weights["net.0.weight"]
+    )
+    assert copied.state_key == "DistillationCallback{'module': None}"
+
+
+def test_arguments_out_of_range_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"(?s)`weight`.*`temperature`.*`likelihood`"):
+        DistillationCallback(1.5, 0.0, likelihood="poisson")  # type: ignore[arg-type]

@@ -1,0 +1,234 @@
+"""The rate at every step, whatever counts the steps, and after a resume."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_prune.callbacks.learning_rate_decay import LearningRateDecay
+from lightning_prune.callbacks.preflight import PruningSetupError
+from lightning_prune.callbacks.rewinding import Rewind
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from tests.callbacks.pruning_cases import (
+    Digits,
+    TrainOnly,
+    fit,
+    loaders,
+    make_model,
+    trainer,
+    warnings_of,
+)
+
+BATCHES = 5  # an epoch
+RATE = 0.1
+
+
+class Rates(L.Callback):
+    """Notes the rates that each optimizer step is made with."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append([float(g["lr"]) for o in trainer.optimizers for g in o.param_groups])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.after = [float(g["lr"]) for o in trainer.optimizers for g in o.param_groups]
+
+
+def cosine(step: float, start: float, total: float) -> float:
+    return (
+        1.0 if step <= start else 0.5 * (1 + math.cos(math.pi * (step - start) / (total - start)))
+    )
+
+
+@pytest.mark.parametrize(("start", "first"), [(2 / 3, 10), (0.5, 7.5), (1, 5), (0, 0), (0.0, 0)])
+def test_rates_stay_and_then_fall(start, first) -> None:
+    rates = Rates()
+    fit(LearningRateDecay(start), rates, max_epochs=3)
+    expected = [RATE * cosine(step, first, 15) for step in range(15)]
+    assert [rate for (rate,) in rates.seen] == pytest.approx(expected, abs=1e-12)
+    assert all(rate == RATE for (rate,) in rates.seen[: int(first) + 1])
+    assert rates.seen[-1][0] > 0  # the last step is one
+    assert rates.after == [RATE]
+
+
+def test_a_straight_line() -> None:
+    rates = Rates()
+    fit(LearningRateDecay(0.0, shape="linear"), rates, max_epochs=1)
+    assert [r for (r,) in rates.seen] == pytest.approx([RATE * (1 - i / 5) for i in range(5)])
+
+
+def test_accumulated_batches() -> None:
+    rates = Rates()
+    fit(LearningRateDecay(1), rates, max_epochs=2, accumulate_grad_batches=2)
+    # Steps are made at batches 1, 3, 4 of each epoch.
+    expected = [RATE] * 3 + [RATE * cosine(batch, 5, 10) for batch in (6, 8, 9)]
+    assert [r for (r,) in rates.seen] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epochs", [-1, 100])
+def test_steps_count_where_they_end_the_fit(epochs) -> None:
+    rates = Rates()
+    fit(LearningRateDecay(0.5), rates, max_epochs=epochs, max_steps=8)
+    assert [r for (r,) in rates.seen] == pytest.approx([RATE * cosine(s, 4, 8) for s in range(8)])
+    rates = Rates()
+    fit(LearningRateDecay(1), rates, max_epochs=epochs, max_steps=8)
+    assert [r for (r,) in rates.seen] == pytest.approx([RATE * cosine(s, 5, 8) for s in range(8)])
+
+
+class TwoGroups(Digits):
+    """Manual optimization: two optimizers, two groups, one rate in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first = [
+            {"params": [self.net[0].weight], "lr": 0.2},
+            {"params": [self.net[0].bias], "lr": 0.4},
+        ]
+        second = torch.optim.Adam(self.net[3].parameters(), lr=torch.tensor(0.01))
+        return [torch.optim.SGD(first), second]
+
+
+def test_all_groups_of_all_optimizers_keep_their_proportions() -> None:
+    rates = Rates()
+    torch.manual_seed(1)
+    fit(LearningRateDecay(1), rates, model=TwoGroups(), max_epochs=2)
+    assert len(rates.seen) == 20  # two steps a batch, and batches count
+    for step, seen in enumerate(rates.seen):
+        factor = cosine(step // 2, 5, 10)
+        assert seen == pytest.approx([0.2 * factor, 0.4 * factor, 0.01 * factor])
+    assert rates.after == pytest.approx([0.2, 0.4, 0.01])
+
+
+def test_a_resumed_run_goes_on_exactly(tmp_path) -> None:
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    whole, rates = Rates(), Rates()
+    first = fit(LearningRateDecay(1), whole, Save(), max_epochs=4)
+    torch.load(tmp_path / "2.ckpt", weights_only=True)
+    second = make_model()
+    trainer(LearningRateDecay(1), rates, max_epochs=4).fit(
+        second, *loaders(), ckpt_path=tmp_path / "2.ckpt"
+    )
+    assert rates.seen == whole.seen[15:]
+    assert rates.after == [RATE]
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    # A longer fit than was planned: not stuck at the low rate of the checkpoint.
+    longer = Rates()
+    trainer(LearningRateDecay(0.75), longer, max_epochs=8).fit(
+        make_model(), *loaders(), ckpt_path=tmp_path / "3.ckpt"
+    )
+    assert [r for (r,) in longer.seen] == pytest.approx(
+        [RATE * cosine(step, 30, 40) for step in range(20, 40)]
+    )
+
+
+def test_what_the_user_does_before_the_decay_stays() -> None:
+    class Warmup(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step < 4:
+                trainer.optimizers[0].param_groups[0]["lr"] = 0.01 * (trainer.global_step + 1)
+
+    rates = Rates()
+    fit(LearningRateDecay(1), Warmup(), rates, max_epochs=2)
+    assert [r for (r,) in rates.seen[:5]] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.04])
+    assert rates.seen[6][0] == pytest.approx(RATE * cosine(6, 5, 10))
+
+
+def test_a_rewind_of_the_rate_does_not_undo_the_decay() -> None:
+    rates = Rates()
+    pruner = SaliencyPruningCallback(
+        {1: 0.5}, criterion="magnitude", rewind=Rewind("learning_rate", epoch=0)
+    )
+    fit(pruner, LearningRateDecay(1), rates, max_epochs=3)
+    assert [r for (r,) in rates.seen[5:]] == pytest.approx(
+        [RATE * cosine(step, 5, 15) for step in range(5, 15)]
+    )
+
+
+def test_a_second_fit_starts_again() -> None:
+    rates, decay = Rates(), LearningRateDecay(0.0)
+    fit(decay, rates, max_epochs=1)
+    fit(copy.deepcopy(decay), rates, max_epochs=1)
+    fit(
+        decay,
+        rates,
+        model=make_model(optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)),
+        max_epochs=1,
+    )
+    assert rates.seen[:5] == rates.seen[5:10]
+    assert rates.seen[10] == [1e-3]
+
+
+def test_the_rate_is_logged_as_ever(tmp_path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(
+        LearningRateDecay(1),
+        LearningRateMonitor("step"),
+        max_epochs=2,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("lr-SGD")
+    logged = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
+    assert logged == pytest.approx([RATE * cosine(step, 5, 10) for step in range(10)])
+
+
+def test_a_schedule_of_the_users_is_not_overruled() -> None:
+    class Scheduled(Digits):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.raises(PruningSetupError, match="StepLR"):
+        fit(LearningRateDecay(), model=Scheduled())
+
+
+def test_a_fit_without_an_end_is_refused() -> None:
+    class Endless(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(loaders()[0].dataset)
+
+    decay = LearningRateDecay()
+    with pytest.raises(PruningSetupError, match="max_steps"):
+        trainer(decay, max_epochs=2).fit(TrainOnly(), DataLoader(Endless(), 64))
+    rates = Rates()
+    trainer(decay, rates, max_steps=4, max_epochs=-1).fit(TrainOnly(), DataLoader(Endless(), 64))
+    assert rates.seen[-1][0] == pytest.approx(RATE * cosine(3, 8 / 3, 4))
+
+
+def test_a_decay_that_never_comes_is_worth_a_warning() -> None:
+    with warnings_of("ends before the decay"):
+        fit(LearningRateDecay(3), max_epochs=2)
+    fit(LearningRateDecay(3), fast_dev_run=True)
+
+
+@pytest.mark.parametrize("start", [1.0, -0.1, -1, True])
+def test_arguments_out_of_range_are_named_together(start) -> None:
+    with pytest.raises(ValueError, match=r"(?s)`start`.*`shape`"):
+        LearningRateDecay(start, shape="step")  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""Surviving weights that are corrected at the events of a fit."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_prune import Rewind, SaliencyPruningCallback
+from lightning_prune.callbacks import refitting
+from lightning_prune.callbacks.preflight import PruningSetupError
+from tests.callbacks.pruning_cases import (
+    TOTAL,
+    Digits,
+    Generated,
+    TrainOnly,
+    Witness,
+    digits,
+    fit,
+    loaders,
+    make_model,
+    removed,
+    trainer,
+    weights,
+    zeros,
+)
+
+METHODS = ["layers", "outputs"]
+
+
+def train_only() -> Digits:
+    torch.manual_seed(1)
+    return TrainOnly()
+
+
+class AroundEvents(L.Callback):
+    """Compare the network before and after each event with the one that lost its weights only."""
+
+    def __init__(self, pruner: SaliencyPruningCallback) -> None:
+        self.pruner = pruner
+        self.events = 0
+        self.lost: list[tuple[float, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = copy.deepcopy(pl_module.net)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if len(self.pruner.history) == self.events:
+            return
+        self.events = len(self.pruner.history)
+        x = digits()[0][-128:]
+        masked = copy.deepcopy(self.before)
+        with torch.no_grad():
+            for name, mask in self.pruner.masks.items():
+                masked.get_parameter(name.removeprefix("net.")).mul_(mask)
+            nets = [net.eval()(x).softmax(1) for net in (self.before, masked, pl_module.net)]
+        pl_module.net.train()
+        dense, without, with_refit = nets
+        self.lost.append((float((without - dense).norm()), float((with_refit - dense).norm())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("criterion", ["taylor", "obs", "magnitude"])
+def test_the_network_stays_closer_to_what_it_was(criterion, method) -> None:
+    pruner = SaliencyPruningCallback({1: 0.6, 2: 0.85}, criterion=criterion, refit=method)
+    around = AroundEvents(pruner)
+    witness = Witness(pruner)
+    model = fit(pruner, around, witness, max_epochs=4)
+    assert around.events == 2
+    assert all(with_refit < without for without, with_refit in around.lost)
+    assert zeros(model) == removed(pruner.masks) == round(0.85 * TOTAL)
+    assert witness.steps_checked > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_with_a_refit_resumes_bit_for_bit(tmp_path, method) -> None:
+    def run(folder, resume=None) -> Digits:
+        pruner = SaliencyPruningCallback({1: 0.5, 2: 0.8}, criterion="obs", refit=method)
+        save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+        model = make_model()
+        t = trainer(pruner, save, max_epochs=4, enable_checkpointing=True)
+        t.fit(model, *loaders(), ckpt_path=resume, weights_only=True if resume else None)
+        return model
+
+    whole = run(tmp_path / "whole")
+    for epoch in (1, 2):
+        resumed = run(tmp_path / str(epoch), tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_the_last_epoch_s_event_is_refitted_too() -> None:
+    plain = fit(SaliencyPruningCallback({2: 0.8}))
+    refitted = fit(SaliencyPruningCallback({2: 0.8}, refit=True))
+    assert zeros(plain) == zeros(refitted) == round(0.8 * TOTAL)
+    survivors = weights(plain)["net.0.weight"] != 0
+    assert not torch.equal(
+        weights(plain)["net.0.weight"][survivors], weights(refitted)["net.0.weight"][survivors]
+    )
+
+
+def test_training_numbers_do_not_depend_on_the_refit_s() -> None:
+    states = []
+    for refit in (False, "layers"):
+        pruner = SaliencyPruningCallback({2: 0.5}, refit=refit, criterion="magnitude")
+        torch.manual_seed(3)
+        trainer(pruner).fit(make_model(), *loaders(shuffle=True))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_failing_refit_leaves_weights_and_masks_as_they_were(monkeypatch) -> None:
+    def fail(model: nn.Module, *_) -> None:
+        with torch.no_grad():
+            model.net[3].bias.fill_(7.0)
+        raise RuntimeError("singular")
+
+    monkeypatch.setattr(refitting, "refit_survivors", fail)
+    pruner = SaliencyPruningCallback({1: 0.5}, refit="layers")
+    witness = Witness(pruner)
+    model = make_model()
+    with pytest.raises(RuntimeError, match="singular"):
+        fit(pruner, witness, model=model)
+    assert pruner.masks == {}
+    assert all(torch.equal(w, witness.validated[1][n]) for n, w in weights(model).items())
+    assert not bool((model.net[3].bias == 7.0).any())
+
+
+def test_generated_inputs_calibrate_too() -> None:
+    source = Generated()
+    fit(SaliencyPruningCallback({1: 0.5}, refit="layers", criterion="obs"), source)
+    assert source.asked == [128, 128]  # for the prices and for the refit
+    source = Generated(inject=("train",))
+    fit(SaliencyPruningCallback({1: 0.5}, refit="layers", criterion="obs"), source)
+    assert source.asked == []
+
+
+def test_an_own_loader_calibrates_instead_of_the_validation() -> None:
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            Counted.passes += 1
+            return super().__iter__()
+
+    x, y = digits()
+    loader = Counted([(x[:64], y[:64])])
+    pruner = SaliencyPruningCallback(
+        {1: 0.5}, refit="layers", criterion="magnitude", scoring_loader=loader
+    )
+    model = fit(pruner, model=train_only(), val=False)
+    assert Counted.passes == 1
+    assert zeros(model) == round(0.5 * TOTAL)
+
+
+@pytest.mark.parametrize("how", [{"refit": "layers"}, {"refit": False, "criterion": "obs"}])
+def test_without_inputs_to_calibrate_by_it_is_refused(how) -> None:
+    model = train_only()
+    pruner = SaliencyPruningCallback({1: 0.5}, **{"criterion": "magnitude", **how})
+    with pytest.raises(PruningSetupError, match="calibrated by the validation inputs"):
+        fit(pruner, model=model, val=False)
+    assert model.steps == 0
+
+
+def test_a_refit_of_weights_that_are_thrown_away_is_refused() -> None:
+    pruner = SaliencyPruningCallback({1: 0.5}, refit=True, rewind=Rewind("weights"))
+    with pytest.raises(PruningSetupError, match="choose one of them"):
+        fit(pruner)
+    fit(SaliencyPruningCallback({1: 0.5}, refit=True, rewind=Rewind("learning_rate")))
+
+
+class Embedded(Digits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(17, 4)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x):
+        return self.net(self.table((x * 16).long()))
+
+
+def test_prices_that_cannot_be_had_are_refused_before_the_first_step() -> None:
+    model = Embedded()
+    with pytest.raises(PruningSetupError, match=r"table\.weight"):
+        fit(SaliencyPruningCallback({1: 0.5}, criterion="obs"), model=model)
+    assert model.steps == 0
+    fit(SaliencyPruningCallback({1: 0.5}, criterion="obs", exclude=["table.*"]), model=Embedded())
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="`refit` to be True, False, or one of"):
+        SaliencyPruningCallback({1: 0.5}, refit="layer")

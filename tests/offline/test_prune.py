@@ -1,0 +1,208 @@
+"""Pruning without a Trainer: exact counts, stages, generators, and nothing half-applied."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_prune
+from lightning_prune import Selection, prune, sparsity, squared_gradients
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    x, y = load_digits(return_X_y=True)
+    return torch.from_numpy(x).float().div(16), torch.from_numpy(y).long()
+
+
+@pytest.fixture(scope="module")
+def trained(digits: tuple[Tensor, Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    x, y = digits[0][:1200], digits[1][:1200]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(20):
+        for index in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+    return model
+
+
+@pytest.fixture
+def model(trained: nn.Module) -> nn.Module:
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def batches(digits: tuple[Tensor, Tensor]) -> list[Any]:
+    return [(digits[0][i : i + 200], digits[1][i : i + 200]) for i in range(0, 1000, 200)]
+
+
+def accuracy(model: nn.Module, digits: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return float((model(digits[0][1200:]).argmax(1) == digits[1][1200:]).float().mean())
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((p == 0).sum()) for n, p in model.named_parameters() if n.endswith("weight"))
+
+
+@pytest.mark.parametrize("refit", [False, True, "layers", "outputs"])
+@pytest.mark.parametrize("criterion", ["taylor", "obs", "magnitude"])
+def test_the_number_removed_is_exact(model, batches, criterion, refit) -> None:
+    masks = prune(model, batches, sparsity=0.9, stages=3, criterion=criterion, refit=refit)
+    total = 64 * 48 + 48 * 10
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.9 * total)
+    assert zeros(model) == round(0.9 * total)
+    for name, mask in masks.items():
+        assert bool((model.get_parameter(name)[~mask] == 0).all())
+    assert sparsity(masks) == sparsity(model) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_one_stage_is_the_criterion_itself(model, batches) -> None:
+    scores = squared_gradients(model, batches, tolerance=1e-3, parameters=["0.weight", "2.weight"])
+    price = {n: model.get_parameter(n).detach() ** 2 * r for n, r in scores.items()}
+    expected = Selection()(price, 0.7).masks
+    masks = prune(model, batches, sparsity=0.7)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+def test_stages_and_refit_are_worth_what_they_cost(model, trained, batches, digits) -> None:
+    once = copy.deepcopy(model)
+    prune(once, batches, sparsity=0.9)
+    prune(model, batches, sparsity=0.9, stages=8, criterion="obs", refit=True)
+    assert accuracy(model, digits) > accuracy(once, digits) + 0.02
+    assert accuracy(model, digits) > accuracy(trained, digits) - 0.03
+
+
+def test_a_later_call_goes_on_from_the_masks(model, batches) -> None:
+    first = prune(model, batches, sparsity=0.5, refit="layers")
+    second = prune(model, batches, sparsity=0.8, stages=3, refit="layers", masks=first)
+    assert all(bool((~second[name][~first[name]]).all()) for name in first)
+    assert sparsity(second) == pytest.approx(0.8, abs=1e-3)
+    with pytest.raises(ValueError, match="what `masks` remove already"):
+        prune(model, batches, sparsity=0.4, masks=second)
+
+
+def test_results_repeat(trained, batches) -> None:
+    found = []
+    for _ in range(2):
+        model = copy.deepcopy(trained)
+        prune(model, batches, sparsity=0.9, stages=2, criterion="obs", refit=True)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_model_is_left_as_it_was_but_for_its_weights(model, batches) -> None:
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    state = torch.get_rng_state()
+    prune(model, batches, sparsity=0.5, refit=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert not model[0].weight.requires_grad
+    assert bool((model[2].weight.grad == 1).all())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_half_applied(model, batches) -> None:
+    before = copy.deepcopy(model.state_dict())
+    calls = []
+
+    def criterion(scores: Any, parameters: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return {name: p.abs() for name, p in parameters.items()}
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        prune(model, batches, sparsity=0.5, stages=2, criterion=criterion, refit="layers")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Shapes:
+    """A generator that remembers what it was asked for."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.asked = shape, 0
+
+    def sample(self, n: int) -> Tensor:
+        self.asked += n
+        return torch.rand(n, *self.shape)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "obs"])
+def test_generated_inputs_join_scoring_and_refit(model, trained, batches, criterion) -> None:
+    few = [(batches[0][0][:20], batches[0][1][:20])]
+    generator = Shapes(64)
+    state = torch.get_rng_state()
+    with_them = prune(
+        model, few, sparsity=0.8, criterion=criterion, refit="layers", generator=generator
+    )
+    assert generator.asked == 1000
+    assert torch.equal(state, torch.get_rng_state())
+    without = prune(copy.deepcopy(trained), few, sparsity=0.8, criterion=criterion, refit="layers")
+    assert any(not torch.equal(with_them[name], without[name]) for name in without)
+
+
+def test_how_many_are_generated(model, batches) -> None:
+    generator = Shapes(64)
+    prune(model, batches, sparsity=0.5, generator=generator, generated=70)
+    assert generator.asked == 70
+    with pytest.raises(ValueError, match=r"generator\.sample\(n\) to return a tensor"):
+        prune(model, batches, sparsity=0.5, generator=Shapes(8, 8))
+
+
+def test_all_faults_come_at_once(model, batches) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"(?s)stages.*sparsity"):
+        prune(model, batches, sparsity=1.0, stages=0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        prune(model, [], sparsity=0.5)
+    with pytest.raises(ValueError, match="`refit` to be True, False, or one of"):
+        prune(model, batches, sparsity=0.5, refit="layer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Did you mean 'taylor'"):
+        prune(model, batches, sparsity=0.5, criterion="tailor")
+    with pytest.raises(ValueError, match="compares weights by R"):
+        prune(model, batches, sparsity=0.5, criterion="obs", selection=Selection(regrow=0.1))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_guard_says_what_it_has_kept(model, batches) -> None:
+    def last_layer_worthless(scores: Any, parameters: Any) -> Any:
+        return {
+            n: torch.rand_like(p) * (1 if n == "0.weight" else 1e-9) for n, p in parameters.items()
+        }
+
+    with pytest.warns(UserWarning, match=r"2\.weight would have lost too much"):
+        masks = prune(model, batches, sparsity=0.9, criterion=last_layer_worthless)
+    assert bool(masks["2.weight"].any())
+
+
+def test_convolutions_and_dicts(digits) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+    batches = [{"x": digits[0][:300].reshape(-1, 1, 8, 8), "y": digits[1][:300]}]
+    masks = prune(model, batches, sparsity=0.75, stages=2, criterion="obs", refit=True)
+    assert set(masks) == {"0.weight", "4.weight"}
+    assert sparsity(masks) == pytest.approx(0.75, abs=1e-3)
+    assert all(math.isfinite(float(p.detach().sum())) for p in model.parameters())
+
+
+def test_it_is_at_the_front_door() -> None:
+    assert "prune" in lightning_prune.__all__
