@@ -96,6 +96,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     batches), and of the refit where there is one.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> masks = prune(model, [torch.randn(64, 8)], sparsity=0.5, stages=2, refit="layers")

@@ -38,9 +38,10 @@ def test_the_list_has_each_part_that_is_not_switched_off() -> None:
         LearningRateDecay,
         BatchNormStatistics,
     ]
-    assert [type(c) for c in recipes.best(0.9, 12)] == kinds
+    assert [type(c) for c in recipes.best(0.9, 12, distill=True)] == kinds
+    assert [type(c) for c in recipes.best(0.9, 12)] == [*kinds[:1], *kinds[2:]]
     for off, kind in zip(("distill", "decay", "batch_norm"), kinds[1:], strict=True):
-        left = [type(c) for c in recipes.best(0.9, 12, **{off: False})]
+        left = [type(c) for c in recipes.best(0.9, 12, **{"distill": True, off: False})]
         assert left == [k for k in kinds if k is not kind]
     mine = DistillationCallback(0.1, module="net")
     assert recipes.best(0.9, 12, distill=mine)[1] is mine
@@ -79,7 +80,7 @@ def test_the_last_third_has_the_last_masks(epochs, stages) -> None:
 
 def test_a_fit_reaches_the_sparsity_keeps_its_zeros_and_ends_well() -> None:
     dense = fit(max_epochs=12)
-    callbacks = recipes.best(0.9, EPOCHS)
+    callbacks = recipes.best(0.9, EPOCHS, distill=True)
     pruner = callbacks[0]
     witness = Witness(pruner)
     model = fit(*callbacks, witness, model=dense, max_epochs=EPOCHS)
@@ -99,7 +100,7 @@ def test_a_fit_reaches_the_sparsity_keeps_its_zeros_and_ends_well() -> None:
 def test_each_part_makes_a_difference_and_nothing_random_does() -> None:
     ends = [
         fit(*recipes.best(0.9, EPOCHS, **off), max_epochs=EPOCHS).state_dict()
-        for off in ({}, {}, {"distill": 0}, {"decay": False}, {"batch_norm": False})
+        for off in ({}, {}, {"distill": 0.5}, {"decay": False}, {"batch_norm": False})
     ]
     same = [all(torch.equal(a, end[n]) for n, a in ends[0].items()) for end in ends]
     assert same == [True, True, False, False, False]
@@ -112,10 +113,10 @@ def test_a_resumed_run_ends_the_same(tmp_path, epoch) -> None:
             if trainer.current_epoch == epoch:
                 trainer.save_checkpoint(tmp_path / "c.ckpt")
 
-    whole = fit(*recipes.best(0.9, EPOCHS), Save(), max_epochs=EPOCHS)
+    whole = fit(*recipes.best(0.9, EPOCHS, distill=True), Save(), max_epochs=EPOCHS)
     torch.load(tmp_path / "c.ckpt", weights_only=True)
     resumed = make_model()
-    trainer(*recipes.best(0.9, EPOCHS), max_epochs=EPOCHS).fit(
+    trainer(*recipes.best(0.9, EPOCHS, distill=True), max_epochs=EPOCHS).fit(
         resumed, *loaders(), ckpt_path=tmp_path / "c.ckpt"
     )
     for name, value in whole.state_dict().items():
@@ -162,14 +163,14 @@ def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/s", rank=rank, world_size=2)
     model, strategy = make_model(), DDPStrategy(process_group_backend="gloo")
-    run = trainer(*recipes.best(0.9, 3), max_epochs=3, devices=2, strategy=strategy)
+    run = trainer(*recipes.best(0.9, 3, distill=True), max_epochs=3, devices=2, strategy=strategy)
     run.fit(model, *loaders(train=256))
     loss = float(run.callback_metrics["distill/loss"])
     torch.save({"model": model.state_dict(), "loss": loss}, f"{folder}/{rank}.pt")
 
 
 def test_a_short_trial_runs() -> None:
-    fit(*recipes.best(0.9, EPOCHS), fast_dev_run=True)
+    fit(*recipes.best(0.9, EPOCHS, distill=True), fast_dev_run=True)
 
 
 def test_arguments_out_of_range_are_named_together() -> None:
