@@ -1,4 +1,4 @@
-"""Accuracy against sparsity: our scores, refits and recipe beside magnitude, SNIP and ModelPruning.
+"""Accuracy against sparsity: our scores, refits and recipe beside those of others.
 
     python benchmarks/quality.py                       # runs; stop and start it at any time
     python benchmarks/quality.py --networks 784-128-10 --families fine-tuned --arms taylor 'Model*'
@@ -13,7 +13,9 @@ Families:
     fine-tuned     12 epochs of training after the dense ones, an event at the start of the first
                    8, the learning rate decayed in the last third. Its base is chosen for each
                    (network, arm) on the validation part by seeds of their own.
-    tuning         these choices: accuracy and loss on the validation part.
+    structured     the same training, whole hidden units removed, a row at each of two shares; half
+                   of the arms are torch-pruning's, of the extra `benchmarks`.
+    tuning         the choices of a base: accuracy and loss on the validation part.
 
 The order of the work is by network, then seed, then family, then arm, the most telling arms first.
 """
@@ -41,11 +43,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import quality_arms as arms
 from benchmarks import quality_networks as subjects
+from benchmarks import quality_structured as units_removed
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "quality.jsonl"
 TUNING_SEEDS = (1000, 1001)  # two: 400 digits tell rates apart to a point and a half
-TUNED_AT = (0.95, 0.98)
+TUNED_AT = (0.95, 0.98)  # but for the structured arms, which are tuned at both of their shares
 RATES = (1e-3, 3e-3, 1e-2)
 
 Row = dict[str, Any]
@@ -70,6 +73,7 @@ def _orders() -> dict[str, list[str]]:
             "taylor", "recipe", *MODEL_PRUNING, *plain[1:], *distilled, *late[: len(rest)],
             *ablations, *late[len(rest) :], *late_distilled,
         ],
+        units_removed.FAMILY: list(units_removed.ARMS),
     }  # fmt: skip
 
 
@@ -119,6 +123,13 @@ def reached(net: nn.Module) -> float:
     return zeros / sum(weight.numel() for weight in weights)
 
 
+def facts(unit: Unit, net: nn.Module, dense: nn.Module) -> Row:
+    """Return how much of a network is gone: of its weights, or of a structured arm's units."""
+    if unit.arm in units_removed.ARMS:
+        return units_removed.facts(net, dense)
+    return {"reached": reached(net)}
+
+
 def write_result(
     path: Path, unit: Unit, share: float, net: nn.Module, dense: nn.Module, **more: Any
 ) -> None:
@@ -129,7 +140,7 @@ def write_result(
         "sparsity": share,
         "accuracy": subjects.accuracy(net, test),
         "dense": subjects.accuracy(dense, test),
-        "reached": reached(net),
+        **facts(unit, net, dense),
         **more,
     }
     append(path, row)
@@ -139,7 +150,9 @@ def train(unit: Unit, dense: nn.Module, share: float, lr: float) -> tuple[nn.Mod
     """Return the fine-tuned network of an arm, and the seconds of CPU time it took."""
     start = time.process_time()
     options = {"target": share, "lr": lr, "seed": unit.seed}
-    if unit.arm.startswith(("ModelPruning", "recipe")):
+    if unit.arm in units_removed.ARMS:
+        net = units_removed.structured(dense, unit.network, unit.arm, **options)
+    elif unit.arm.startswith(("ModelPruning", "recipe")):
         from benchmarks.quality_trainers import in_trainer  # noqa: PLC0415  (imports Lightning)
 
         net = in_trainer(dense, unit.network, unit.arm, **options)
@@ -151,11 +164,12 @@ def train(unit: Unit, dense: nn.Module, share: float, lr: float) -> tuple[nn.Mod
 def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
     """Return the best learning rate of an arm on the validation part; measure what is missing."""
     runs = [Unit(unit.network, seed, "tuning", unit.arm) for seed in TUNING_SEEDS]
+    tuned_at = units_removed.SHARES if unit.family == units_removed.FAMILY else TUNED_AT
     cases = [
         {**asdict(tuning), "sparsity": s, "lr": lr}
         for tuning in runs
         for lr in RATES
-        for s in TUNED_AT
+        for s in tuned_at
     ]
     for case in cases:
         if key(case) in read_rows(path):
@@ -167,7 +181,7 @@ def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
         measured = {
             "accuracy": subjects.accuracy(net, validation),
             "loss": subjects.mean_loss(net, validation),
-            "reached": reached(net),
+            **facts(tuning, net, dense),
             "seconds": seconds,
         }
         append(path, {**case, **measured})
@@ -183,9 +197,14 @@ def best_rate(rows: Iterable[Row]) -> float:
     return max(sums, key=lambda rate: (round(sums[rate][0], 6), sums[rate][1]))
 
 
-def run(unit: Unit, *, path: Path, cache: Path, shares: tuple[float, ...], threads: int) -> str:
-    """Measure what is missing of a unit; return a line about it."""
+def run(
+    unit: Unit, *, path: Path, cache: Path, shares: tuple[float, ...] | None, threads: int
+) -> str:
+    """Measure what is missing of a unit, by default at its family's shares; return a line on it."""
     torch.set_num_threads(threads)
+    if shares is None:
+        structured = unit.family == units_removed.FAMILY
+        shares = units_removed.SHARES if structured else arms.TARGETS
     there = read_rows(path)
     missing = [s for s in shares if key({**asdict(unit), "sparsity": s}) not in there]
     start = time.perf_counter()
@@ -221,6 +240,8 @@ def units(
     for network in networks:
         for seed in range(seeds):
             for family in families:
+                if family == units_removed.FAMILY and network not in units_removed.NETWORKS:
+                    continue
                 for arm in orders[family]:
                     if any(fnmatchcase(arm, pattern) for pattern in patterns):
                         yield Unit(network, seed, family, arm)
@@ -237,7 +258,9 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(orders), choices=orders)
     parser.add_argument("--arms", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=list(arms.TARGETS))
+    parser.add_argument(
+        "--sparsities", nargs="+", type=float, help="instead of those of each family"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--out", type=Path, default=ROWS)
@@ -252,7 +275,7 @@ def main() -> None:
         run,
         path=options.out,
         cache=options.out.parent / ".cache",
-        shares=tuple(options.sparsities),
+        shares=tuple(options.sparsities) if options.sparsities else None,
         threads=options.threads,
     )
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:

@@ -24,7 +24,7 @@ SHOWN = {
         "taylor": ("w² R", "#c2410c", "--"),
         "taylor+layers": ("w² R + layers", "#c2410c", "-"),
         "obs+layers": ("OBS + layers", "#7c3aed", "--"),
-        "obs+layers+outputs": ("OBS + layers + outputs", "#7c3aed", "-"),
+        "obs+outputs": ("OBS + outputs", "#7c3aed", "-"),
     },
     "fine-tuned": {
         "random": ("random", QUIET, ":"),
@@ -35,7 +35,13 @@ SHOWN = {
         "recipe": ("recipe", "#c2410c", "-"),
     },
 }
-TITLES = {"no-retraining": "No retraining", "fine-tuned": "12 epochs of training"}
+"""What is drawn; two points of the structured arms make no curve."""
+
+TITLES = {
+    "no-retraining": "No retraining",
+    "fine-tuned": "12 epochs of training",
+    "structured": "Whole units, 12 epochs of training",
+}
 
 
 def draw(tables: dict[str, Table], network: str, file: Path) -> None:

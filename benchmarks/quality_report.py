@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import ROWS, read_rows
 from benchmarks.quality_arms import CRITERIA_NAMES
-from benchmarks.quality_curves import TITLES, draw
+from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
 from benchmarks.quality_statistics import Estimate, Row, Table, estimate
 
@@ -44,10 +44,15 @@ LABELS = {
     "recipe-outputs": "recipe + outputs",
     "recipe-obs-layers": "recipe by OBS + layers",
     "recipe-one-shot": "recipe in one shot",
+    "unit-magnitude": "\\|w\\|, units",
+    "unit-taylor": "w² R, units",
+    "torch-pruning-magnitude": "torch-pruning, magnitude",
+    "torch-pruning-taylor": "torch-pruning, Taylor",
 }
 REFERENCES = {
     "no-retraining": ("dense", "magnitude-global", "taylor"),
     "fine-tuned": ("dense", "ModelPruning", "ModelPruning-same", "taylor"),
+    "structured": ("dense", "torch-pruning-magnitude", "torch-pruning-taylor"),
 }
 TARGETS = (
     # family, network, arm, compared with, sparsity, at least
@@ -156,11 +161,24 @@ def off_target(table: Table) -> str:
     return f"Sparsity missed: {', '.join(found)}.\n" if found else ""
 
 
+def sizes(table: Table, network: str) -> str:
+    """Return a line on what the structured arms leave; the same number for all, or all numbers."""
+    full = sum(parameter.numel() for parameter in SUBJECTS[network].build().parameters())
+    parts = []
+    for share, left in sorted(table.parameters.items()):
+        cells = [arm[share] for arm in table.reached.values() if share in arm]
+        gone = sorted({round(100 * value, 1) for values in cells for value in values.values()})
+        numbers = " or ".join(f"{number:,}" for number in sorted(left))
+        shares = " or ".join(f"{value:g}" for value in gone)
+        parts.append(f"{percent(share)}: {shares} % of the hidden units gone, {numbers} left")
+    return f"Parameters, {full:,} in the dense network: {'; '.join(parts)}.\n"
+
+
 def section(tables: dict[str, Table], network: str, images: Path) -> str:
     """Return a network's part of the page, and draw its curves."""
     picture = images / f"quality-{network}.png"
     text = [f"## {network}\n"]
-    if any(tables[family].accuracies for family in TITLES):
+    if any(tables[family].accuracies for family in SHOWN):
         draw(tables, network, picture)
         text.append(f"![Accuracy against weights kept, {network}](images/{picture.name})\n")
     for family, title in TITLES.items():
@@ -170,7 +188,8 @@ def section(tables: dict[str, Table], network: str, images: Path) -> str:
         seeds = len(table.dense_values())
         dense = cell(estimate(table.dense_values().values()))
         text += [f"### {network}: {title.lower()}\n", f"Dense: {dense}, {seeds} seeds.\n"]
-        text += [accuracy_table(table, family) + "\n", off_target(table)]
+        note = sizes(table, network) if table.parameters else off_target(table)
+        text += [accuracy_table(table, family) + "\n", note]
         for other in REFERENCES[family]:
             if other == "dense" or other in table.accuracies:
                 name = "the dense network" if other == "dense" else label(other).replace("\\", "")

@@ -73,11 +73,13 @@ class Table:
     seconds: dict[str, list[float]]
     reached: dict[str, dict[float, Values]]
     rates: dict[str, float]
+    parameters: dict[float, set[int]]
+    """Sparsity -> how many parameters are left; of the structured arms only."""
 
     @classmethod
     def of(cls, rows: Iterable[Row], family: str, network: str) -> Table:
         """Gather the rows by arm and sparsity."""
-        table = cls({}, {}, {}, {}, {})
+        table = cls({}, {}, {}, {}, {}, {})
         for row in rows:
             if (row["family"], row["network"]) != (family, network):
                 continue
@@ -91,6 +93,8 @@ class Table:
             table.seconds.setdefault(arm, []).append(row["seconds"])
             if "lr" in row:
                 table.rates[arm] = row["lr"]
+            if "parameters" in row:
+                table.parameters.setdefault(share, set()).add(row["parameters"])
         return table
 
     @property

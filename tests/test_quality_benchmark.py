@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import quality, quality_arms, quality_report
+from benchmarks import quality, quality_arms, quality_report, quality_structured
 from benchmarks import quality_networks as subjects
 from benchmarks.quality_statistics import Table, difference, estimate
 from lightning_prune.masking import sparsity
@@ -199,6 +199,87 @@ def test_a_table_compares_with_the_dense_network_of_the_same_seed():
     table = Table.of([row("taylor", s, 94.0 + s) for s in range(3)], "fine-tuned", NETWORK)
     gap = table.against("taylor", 0.9, "dense")
     assert (gap.mean, gap.half) == (-1.0, 0.0)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Structured arms with two events and one batch an epoch."""
+    monkeypatch.setattr(quality_structured, "EPOCHS", 3)
+    monkeypatch.setattr(quality_structured, "EVENTS", 2)
+    rate = partial(quality_arms.event_share, events=2)
+    monkeypatch.setattr(quality_structured, "event_share", lambda k, target, _=2: rate(k, target))
+    monkeypatch.setattr(quality_structured.Batches, "__len__", lambda self: 1)
+
+    def one(self):
+        index = torch.randperm(len(self.x), generator=self.generator)[:64]
+        yield self.x[index], self.y[index]
+
+    monkeypatch.setattr(quality_structured.Batches, "__iter__", one)
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        *((NETWORK, arm) for arm in quality_structured.ARMS),
+        ("LeNet-5", "unit-magnitude"),  # by Taylor it takes long before it is trained
+        ("LeNet-5", "torch-pruning-magnitude"),
+    ],
+)
+def test_structured_arms_reach_the_same_widths(name, arm, brief):
+    if arm.startswith("torch-pruning"):
+        pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    dense = subjects.SUBJECTS[name].build().eval()
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    net = quality_structured.structured(dense, name, arm, target=0.7, lr=1e-2, seed=0)
+    hidden = {NETWORK: [4, 9, 19, 10], "LeNet-5": [1, 4, 36, 25, 10]}[name]
+    assert quality_structured.widths(net) == hidden
+    full = quality_structured.widths(dense)[:-1]
+    found = quality_structured.facts(net, dense)
+    assert found["reached"] == pytest.approx(1 - sum(hidden[:-1]) / sum(full))
+    if arm.startswith("torch-pruning"):  # what is counted for the masked ones, seen
+        assert found["parameters"] == sum(p.numel() for p in net.parameters())
+    assert all(torch.equal(dense.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", [NETWORK, "LeNet-300-100"])
+def test_a_masked_unit_says_nothing(name, brief):
+    torch.manual_seed(0)
+    dense = subjects.SUBJECTS[name].build().eval()
+    net = quality_structured.structured(dense, name, "unit-taylor", target=0.5, lr=1e-2, seed=0)
+    x = subjects.train_part(name)[0][:100]
+    expected = net.eval()(x)
+    for layer, after in itertools.pairwise(quality_structured.layers(net)):
+        gone = ~net.get_parameter(layer.weight).flatten(1).any(1)
+        outgoing = net.get_parameter(after.weight).data
+        per_unit = outgoing.shape[1] // len(gone)
+        outgoing[:, gone.repeat_interleave(per_unit)] = 1e3
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_structured_rows_say_how_much_is_left(tmp_path, untrained, brief, monkeypatch):
+    unit = quality.Unit(NETWORK, 0, "structured", "unit-magnitude")
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(quality, "RATES", (1e-2,))
+    said = quality.run(unit, path=path, cache=tmp_path, shares=None, threads=1)
+    assert "2 new rows" in said
+    rows = list(quality.read_rows(path).values())
+    tuned = [r for r in rows if r["family"] == "tuning"]
+    assert sorted((r["seed"], r["sparsity"]) for r in tuned) == [
+        (seed, share) for seed in quality.TUNING_SEEDS for share in quality_structured.SHARES
+    ]
+    measured = {r["sparsity"]: r for r in rows if r["family"] == "structured"}
+    assert {share: r["parameters"] for share, r in measured.items()} == {0.5: 3706, 0.7: 1302}
+    assert measured[0.5]["reached"] == 0.5
+    quality_report.write(rows, tmp_path / "quality.md")  # no other family: no curves, but a table
+    text = (tmp_path / "quality.md").read_text()
+    assert "| \\|w\\|, units |" in text
+    assert "13,802 in the dense network: 50 %: 50 % of the hidden units gone, 3,706 left" in text
+
+
+def test_only_some_networks_lose_units():
+    work = quality.units(subjects.SUBJECTS, 1, ["structured"], ["*"])
+    assert {unit.network for unit in work} == set(quality_structured.NETWORKS)
 
 
 def test_arms_have_names():

@@ -5,7 +5,8 @@ Enters: a Trainer at a pruning event. Leaves: corrected weights, or second-order
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,17 @@ from torch import Tensor, nn
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import batch_sources
-from lightning_prune.masking import zero_removed
+from lightning_prune.masking import count_removed, zero_removed
 from lightning_prune.passes.batches import batch_size, default_forward
 from lightning_prune.passes.teacher import Teacher
-from lightning_prune.refit import Calibration, Refit, hold_out, obs_prices, refit_survivors
+from lightning_prune.refit import (
+    Calibration,
+    Refit,
+    RefitReport,
+    hold_out,
+    obs_prices,
+    refit_survivors,
+)
 from lightning_prune.saliency.parameters import check_scores
 
 
@@ -29,7 +37,7 @@ class Refitter:
     """Refit surviving weights, or price all of them, by the calibration inputs of a fit.
 
     In a distributed run the first process does it, by its share of the data, and the others take
-    over its result: all of them hold the same bits.
+    over its result: all of them hold the same bits. If it fails on one, it fails on all.
 
     Args:
         scorer: Whose batches are the calibration.
@@ -45,16 +53,24 @@ class Refitter:
     ) -> Scores:
         """Return the second-order price of every weight."""
         options = self.scorer.options
-        real, generated = self._batches(trainer, module)
-        prices = obs_prices(
-            module,
-            masks,
-            names,
-            [*real, *generated],
-            forward=options.forward or default_forward,
-            likelihood=options.likelihood,
-        )
-        _share(trainer, prices)
+        # Of the shape and type that the first process's prices have.
+        prices: Scores = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in module.named_parameters()
+            if name in names
+        }
+        with _together(trainer):
+            real, generated = self._batches(trainer, module)
+            if trainer.is_global_zero:
+                prices = obs_prices(
+                    module,
+                    masks,
+                    names,
+                    [*real, *generated],
+                    forward=options.forward or default_forward,
+                    likelihood=options.likelihood,
+                )
+        _share(trainer, {name: prices[name] for name in names})
         check_scores(prices)
         return prices
 
@@ -66,27 +82,34 @@ class Refitter:
         masks: Masks,
     ) -> None:
         """Zero the removed weights and correct the others; on an error all are as before."""
-        if self.method is None:
+        if self.method is None or not count_removed(masks)[0]:
             return
         options = self.scorer.options
-        dense = Teacher.of(module)
+        dense, report = Teacher.of(module), RefitReport()
         try:
             zero_removed(parameters, masks)
-            real, generated = self._batches(trainer, module)
-            fit, held_out = hold_out(real)
-            calibration = Calibration(
-                dense,
-                [*fit, *generated],
-                held_out,
-                options.forward or default_forward,
-                options.likelihood,
-            )
-            report = refit_survivors(module, masks, calibration, self.method)
+            with _together(trainer):
+                real, generated = self._batches(trainer, module)
+                fit, held_out = hold_out(real)
+                calibration = Calibration(
+                    dense,
+                    [*fit, *generated],
+                    held_out,
+                    options.forward or default_forward,
+                    options.likelihood,
+                )
+                if trainer.is_global_zero:
+                    held = {**_masked_biases_of_others(trainer, masks), **masks}
+                    report = refit_survivors(module, held, calibration, self.method)
             _share(trainer, dict(module.named_parameters()))
         except BaseException:
             dense.restore(module)
             raise
-        news = {name: why for name, why in report.left.items() if name not in self._told}
+        news = {
+            name: why
+            for name, why in report.left.items()
+            if name in masks and name not in self._told
+        }
         self._told |= set(news)
         if news:
             notes = "; ".join(f"{name}: {why}" for name, why in news.items())
@@ -105,9 +128,50 @@ class Refitter:
         return real, generated
 
 
+def _masked_biases_of_others(trainer: Trainer, masks: Masks) -> Masks:
+    """Return what other pruners removed of the biases that a refit corrects along with weights."""
+    from lightning_prune.callbacks.saliency_pruning import pruners_of  # noqa: PLC0415  (a circle)
+
+    modules = {name.rpartition(".")[0] for name in masks}
+    return {
+        name: mask
+        for pruner in pruners_of(trainer)
+        for name, mask in pruner.masks.items()
+        if name not in masks
+        and "bias" in name.rpartition(".")[2]
+        and name.rpartition(".")[0] in modules
+    }
+
+
+@contextmanager
+def _together(trainer: Trainer) -> Iterator[None]:
+    """Leave the block with an error on every process if there was one on any.
+
+    Otherwise the process with the error would leave, and the others wait for it for ever.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if trainer.world_size > 1:
+            flag = torch.tensor(int(failed), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            failed = bool(flag)
+    if failed:
+        raise RuntimeError(
+            "The refit, or the second-order prices, failed on another process, whose message says "
+            "why. No weight was changed."
+        )
+
+
 def _share(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     """Give every process the first one's values."""
     if trainer.world_size > 1:
         with torch.no_grad():
             for tensor in tensors.values():
-                torch.distributed.broadcast(tensor.detach(), src=0)
+                # Where the processes talk: after the fit the model may be on the CPU, where NCCL
+                # does not reach. Contiguous, which not every layout (channels last) is.
+                sent = tensor.detach().to(trainer.strategy.root_device).contiguous()
+                torch.distributed.broadcast(sent, src=0)
+                tensor.copy_(sent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -154,7 +155,8 @@ class Scorer:
                 loader = resolve_loader(self.loader, trainer, module)
                 source = (on_device(trainer, batch) for batch in loader)
             for batch in source:
-                found.append(batch)
+                # When the fit has ended the strategy may have taken the model off the device.
+                found.append(move_data_to_device(batch, module.device))
                 samples += batch_size(batch)
                 if samples >= CALIBRATION_SAMPLES:
                     break

@@ -58,7 +58,8 @@ def generated_batches(
     with torch.no_grad(), own_randomness(inputs.device, seed, "prune"):
         while left > 0:
             sample: Any = generator.sample(min(left, len(inputs)))
-            if not isinstance(sample, Tensor) or sample.shape[1:] != inputs.shape[1:]:
+            usable = isinstance(sample, Tensor) and sample.shape[1:] == inputs.shape[1:]
+            if not usable or not len(sample):  # of no samples one could wait forever for enough
                 got = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
                 raise ValueError(
                     "Expected generator.sample(n) to return a tensor (n, *shape) with the shape "

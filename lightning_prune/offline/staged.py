@@ -9,8 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune._targets import count_faults, is_number, raise_faults
@@ -92,6 +93,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             ``criterion="obs"`` has no price for.
         NonFiniteScoresError: A score is not finite.
 
+    Warns about parameters that no stage's refit could correct, and says why.
+
     Cost: a stage takes the time of one scoring pass (about one forward and backward pass over the
     batches), and of the refit where there is one.
 
@@ -107,7 +110,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     selection = Selection() if selection is None else selection
     chosen: dict[str, Tensor] = dict(find_prunable(model, parameters, exclude=exclude).parameters)
     path = _path(sparsity, stages, chosen, masks or {})
-    _check(selection, ranking, generated, chosen, path)
+    _check(selection, ranking, generator, generated, likelihood, chosen, path)
     method = refit_method(refit)
     real = list(batches)
     if not real:
@@ -124,14 +127,17 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     dense = Teacher.of(model)
     calibration = Calibration(dense, [*fit, *extra], held_out, forward, likelihood)
     masks = complete_masks(chosen, masks)
+    corrected, left = set[str](), dict[str, str]()
     try:
         for share in path:
             scores, saliency = scoring(masks)
             selected = selection(scores, share, masks=masks, saliency=saliency)
             masks = selected.masks
             zero_removed(chosen, masks)
-            if method is not None:
-                refit_survivors(model, masks, calibration, method)
+            if method is not None and count_removed(masks)[0]:
+                report = refit_survivors(model, masks, calibration, method)
+                corrected.update(report.refitted)
+                left = report.left
     except BaseException:
         dense.restore(model)
         raise
@@ -140,6 +146,10 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             f"{', '.join(selected.guarded)} would have lost too much; the guard against collapse "
             "left them more than the ranking asks for.",
             stacklevel=2,
+        )
+    if notes := [f"{name}: {why}" for name, why in left.items() if name not in corrected]:
+        warnings.warn(
+            f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=2
         )
     return masks
 
@@ -195,28 +205,55 @@ def _path(
     faults = count_faults(stages=stages)
     if not is_number(sparsity) or not 0 <= sparsity < 1:
         faults.append(f"sparsity: expected a share in [0, 1), but got {sparsity!r}")
+    faults += _mask_faults(masks, parameters)
     raise_faults(faults, "The arguments")
     removed, _ = count_removed(masks)
     total = sum(parameter.numel() for parameter in parameters.values())
     before = removed / total
-    if sparsity < before:
+    if round(sparsity * total) < removed:
         raise ValueError(
             f"Expected `sparsity` of at least {before:.4f}, what `masks` remove already, but got "
             f"{sparsity}."
         )
-    left = (1 - sparsity) / (1 - before)
+    # Masks of the same share may be above it by the rounding to whole weights.
+    goal = max(float(sparsity), before)
+    left = (1 - goal) / (1 - before) if before < 1 else 1.0
     path = [1 - (1 - before) * left ** (k / stages) for k in range(1, stages)]
-    return [*path, float(sparsity)]
+    return [*path, goal]
+
+
+def _mask_faults(masks: Masks, parameters: Mapping[str, Tensor]) -> list[str]:
+    faults = []
+    for name, mask in masks.items():
+        if name not in parameters:
+            faults.append(f"masks[{name!r}]: expected a mask of a parameter that is pruned here")
+        elif mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            faults.append(
+                f"masks[{name!r}]: expected a bool tensor of shape "
+                f"{tuple(parameters[name].shape)}, but got {mask.dtype} {tuple(mask.shape)}"
+            )
+    return faults
 
 
 def _check(
     selection: Selection,
     ranking: Criterion,
+    generator: Any,
     generated: Any,
+    likelihood: Any,
     parameters: Mapping[str, Tensor],
     path: list[float],
 ) -> None:
     faults = selection.faults(parameters, path)
+    if likelihood not in get_args(Likelihood):
+        faults.append(
+            f"likelihood: expected one of {get_args(Likelihood)}, but got {likelihood!r}"
+        )
+    if generator is not None and not callable(getattr(generator, "sample", None)):
+        faults.append(
+            "generator: expected something with a method sample(n), but got "
+            f"{type(generator).__name__}"
+        )
     if selection.regrow > 0 and not ranking.needs_scores:
         faults.append(
             f"regrow={selection.regrow} compares weights by R, which criterion={ranking.name!r} "

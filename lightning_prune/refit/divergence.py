@@ -9,17 +9,14 @@ gradient method").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_prune.passes.batches import batch_size
-from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration, Likelihood
 from lightning_prune.refit.merging import merge_batches
 
@@ -120,7 +117,7 @@ def divergence(model: nn.Module, calibration: Calibration, *, temperature: float
     if not 0 < temperature < float("inf"):
         raise ValueError(f"Expected `temperature` to be a number > 0, but got {temperature!r}.")
     output, total, count = Output(calibration.likelihood, temperature), 0.0, 0
-    with borrowed(model), torch.no_grad():
+    with borrowed(model):
         for batch in merge_batches(calibration.checked_on):
             logits = calibration.forward(model, batch)
             dense = calibration.dense.logits(model, batch, calibration.forward)
@@ -129,23 +126,6 @@ def divergence(model: nn.Module, calibration: Calibration, *, temperature: float
     if not count:
         raise ValueError("Expected the calibration to hold samples, but it has none.")
     return total / count
-
-
-@contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
-    """Run a block on the model in eval mode, in full precision and with random numbers of its own.
-
-    Attention is computed in its plain form, the only one that can be differentiated twice.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(own_randomness(device, "refit"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 def precise(tensor: Tensor) -> Tensor:

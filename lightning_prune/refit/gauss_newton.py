@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_prune._targets import count_faults, raise_faults
 from lightning_prune._types import Masks
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.conjugate_gradient import conjugate_gradient
-from lightning_prune.refit.divergence import borrowed
 from lightning_prune.refit.linearisation import NotDifferentiableError, Objective
 from lightning_prune.refit.merging import AT_MOST, first_samples
 from lightning_prune.refit.report import RefitReport
@@ -95,7 +95,7 @@ def refit_outputs(
     _check(model, masks, calibration, steps, products, temperature, samples)
     survivors = Survivors(model, masks)
     start = survivors.read()
-    with borrowed(model):
+    with borrowed(model, derivatives=2):
         check = Objective(model, calibration, survivors, calibration.checked_on, temperature)
         before = check.value(start, 1.0)
         best, fault = start, "none of the weights that the masks are about survives"

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.refit.borrowing import device_of
 from lightning_prune.refit.columns import LINEAR, Linear, as_rows, chunks
 
 Run = Callable[[], object]
@@ -54,23 +55,6 @@ class Layer:
 
 class _Enough(BaseException):
     """Ends a forward pass; no Exception, so that no one on the way takes it for a fault."""
-
-
-@contextmanager
-def borrowed(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Run a block with the model in eval mode, autocast and inference mode off."""
-    device = device_of(model)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model, differentiable=gradients))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def calls_of(layer: Layer, run: Run, index: int) -> list[Call]:
@@ -125,7 +109,7 @@ def find_layers(
 ) -> tuple[list[Layer], dict[str, str]]:
     """Sort out which of ``names`` are weights of layers that least squares can read.
 
-    Has to be called inside :func:`borrowed`.
+    Has to be called inside :func:`~lightning_prune.refit.borrowing.borrowed`.
 
     Args:
         model: The model.

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_prune._types import Masks
 from lightning_prune.passes.batches import outside_inference_mode
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.columns import as_rows
 from lightning_prune.refit.gram import Moments
-from lightning_prune.refit.layers import Layer, borrowed, calls_of, find_layers
+from lightning_prune.refit.layers import Layer, calls_of, find_layers
 from lightning_prune.refit.least_squares import check_ridge, ridged, solve_rows
 from lightning_prune.refit.report import RefitReport
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.batches import batch_size, default_forward, outside_inference_mode
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.columns import as_rows
 from lightning_prune.refit.gram import Moments
-from lightning_prune.refit.layers import Layer, borrowed, calls_of, find_layers
+from lightning_prune.refit.layers import Layer, calls_of, find_layers
 from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridged
 from lightning_prune.refit.output_saliency import output_saliency
 
@@ -93,7 +94,7 @@ def obs_prices(
     with borrowed(model):
         layers, left = find_layers(model, names, partial(forward, model, batches[0]))
     _raise_left(left)
-    with borrowed(model, gradients=True):
+    with borrowed(model, derivatives=1):
         saliency = output_saliency(model, layers, batches, forward, likelihood)
     samples = sum(batch_size(batch) for batch in batches)
     prices: Scores = {}

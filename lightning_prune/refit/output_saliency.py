@@ -19,8 +19,9 @@ from lightning_prune._types import Forward
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import derived_seed, own_randomness
+from lightning_prune.refit.borrowing import device_of
 from lightning_prune.refit.calibration import Likelihood
-from lightning_prune.refit.layers import Layer, device_of, watching
+from lightning_prune.refit.layers import Layer, watching
 
 MOST_CLASSES = 64
 """Beyond so many classes the likeliest of a batch stand for all."""

@@ -140,6 +140,7 @@ class Shapes:
         return torch.rand(n, *self.shape)
 
 
+@pytest.mark.filterwarnings("ignore:The refit left some parameters")  # on the few real inputs
 @pytest.mark.parametrize("criterion", ["taylor", "obs"])
 def test_generated_inputs_join_scoring_and_refit(model, trained, batches, criterion) -> None:
     few = [(batches[0][0][:20], batches[0][1][:20])]
