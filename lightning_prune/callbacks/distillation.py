@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune._targets import is_number
 from lightning_prune.augment.mixing import Likelihood
 from lightning_prune.callbacks.co_training import RunningMeans
 from lightning_prune.callbacks.logit_term import LogitTerm
@@ -273,8 +274,13 @@ def _check_arguments(weight: float, temperature: float, likelihood: str) -> None
     faults = [
         f"`{argument}`: expected it to be {wanted}, but got {value!r}"
         for argument, value, fine, wanted in (
-            ("weight", weight, 0 <= weight <= 1, "in [0, 1]"),
-            ("temperature", temperature, 0 < temperature < float("inf"), "above 0"),
+            ("weight", weight, is_number(weight) and 0 <= weight <= 1, "in [0, 1]"),
+            (
+                "temperature",
+                temperature,
+                is_number(temperature) and 0 < temperature < float("inf"),
+                "above 0",
+            ),
             (
                 "likelihood",
                 likelihood,

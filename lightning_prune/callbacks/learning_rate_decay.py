@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune._targets import is_number
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.reporting import give_back, without_lent
 
@@ -50,8 +51,9 @@ class LearningRateDecay(Callback):
     def __init__(self, start: float = 2 / 3, *, shape: Shape = "cosine") -> None:
         super().__init__()
         faults = []
-        fine = start >= 0 if isinstance(start, int) else 0 <= start < 1
-        if isinstance(start, bool) or not fine:
+        value: Any = start
+        fine = value >= 0 if isinstance(value, int) else is_number(value) and 0 <= value < 1
+        if isinstance(value, bool) or not fine:
             faults.append(f"`start`: expected a share in [0, 1) or an epoch, but got {start!r}")
         if shape not in get_args(Shape):
             faults.append(f"`shape`: expected one of {get_args(Shape)}, but got {shape!r}")

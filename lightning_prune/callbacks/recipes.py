@@ -66,6 +66,11 @@ def best(
         >>> best(0.875, epochs=6, stages=3)[0].schedule
         EpochSchedule(targets={0: 0.5, 1: 0.75, 3: 0.875})
     """
+    if "every_n_train_steps" in pruner:
+        raise ValueError(
+            "A recipe cannot use its arguments:\n- every_n_train_steps: its events are at the ends "
+            "of epochs. Put the callbacks together by hand to count steps"
+        )
     schedule = stages_of(sparsity, epochs, stages)
     callbacks: list[Callback] = [
         SaliencyPruningCallback(schedule, criterion=criterion, refit=refit, **pruner)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import batch_sources
-from lightning_prune.masking import count_removed, zero_removed
+from lightning_prune.masking import zero_removed
 from lightning_prune.passes.batches import batch_size, default_forward
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import (
@@ -47,6 +47,10 @@ class Refitter:
     scorer: Scorer
     method: Refit | None
     _told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Have a first look taken at the batches."""
+        self.scorer.calibrates = self.method is not None
 
     def prices(
         self, trainer: Trainer, module: LightningModule, names: list[str], masks: Masks
@@ -82,8 +86,8 @@ class Refitter:
         masks: Masks,
     ) -> None:
         """Zero the removed weights and correct the others; on an error all are as before."""
-        if self.method is None or not count_removed(masks)[0]:
-            return
+        if self.method is None or _all_zero(parameters, masks):
+            return  # nothing is lost that others could make up for
         options = self.scorer.options
         dense, report = Teacher.of(module), RefitReport()
         try:
@@ -126,6 +130,14 @@ class Refitter:
             for batch in source.scoring_batches(trainer, module, samples)
         ]
         return real, generated
+
+
+def _all_zero(parameters: Mapping[str, Tensor], masks: Masks) -> bool:
+    """Tell whether all weights that masks remove are zero already."""
+    return not any(
+        bool((parameters[name].detach()[~mask.to(parameters[name].device)] != 0).any())
+        for name, mask in masks.items()
+    )
 
 
 def _masked_biases_of_others(trainer: Trainer, masks: Masks) -> Masks:

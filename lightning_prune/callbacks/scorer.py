@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -25,12 +26,18 @@ from lightning_prune.callbacks.scoring import (
     ScoringResult,
     refused_in,
 )
-from lightning_prune.passes.batches import batch_size, default_forward
+from lightning_prune.passes.batches import batch_size, default_forward, take_samples
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.selection import Criterion
 
 CALIBRATION_SAMPLES = 4096
 """A refit uses no more, nor keeps more on the device."""
+
+NO_CALIBRATION = (
+    "Expected batches to calibrate the refit, or second-order prices, by, but the validation "
+    "loader (or scoring_loader, where there is one) yields none. Give it data; an iterator that "
+    "can be gone through once only is used up by the first scores: give a list or a DataLoader."
+)
 
 
 class Scorer:
@@ -45,9 +52,10 @@ class Scorer:
     def __init__(self, options: ScoringOptions, loader: Any = None) -> None:
         self.options = options
         self.loader = loader
+        self.calibrates = False  # for a refit, which needs batches whatever the criterion does
         self.checked = False
         self._names: list[str] = []
-        self._priced = False
+        self._scored = self._priced = False
         self._pass: ScoringPass | None = None
         self._incomplete, self._step = False, 0
         self._unfinished: dict[str, Any] | None = None  # a pass under way in the checkpoint
@@ -62,11 +70,13 @@ class Scorer:
 
         Args:
             names: The parameters that are scored.
-            criterion: What scores are for; without a use of batches it needs no first look.
+            criterion: What scores are for; without a use of batches, and without a refit, there
+                is nothing to have a first look at.
             idle: No event will come, which needs none either.
         """
-        self._names, self._priced = names, criterion.needs_prices
-        self.checked = idle or not (criterion.needs_scores or criterion.needs_prices)
+        self._names = names
+        self._scored, self._priced = criterion.needs_scores, criterion.needs_prices
+        self.checked = idle or not (self._scored or self._priced or self.calibrates)
 
     def look(self, module: LightningModule, batch: Any) -> None:
         """Raise what scoring such a batch would raise, before the first training step."""
@@ -75,6 +85,10 @@ class Scorer:
         if self._priced:
             forward, likelihood = self.options.forward or default_forward, self.options.likelihood
             preflight.check_prices(module, batch, self._names, forward, likelihood)
+        elif not self._scored:
+            samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+            with torch.no_grad(), evaluating(module), isolate_rng():
+                (self.options.forward or default_forward)(module, samples)
         else:
             preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
         self.checked = True
@@ -88,7 +102,10 @@ class Scorer:
                 batch = next(iter(resolve_loader(self.loader, trainer, module)), None)
             batch = None if batch is None else on_device(trainer, batch)
         else:
-            preflight.refuse_empty_validation(trainer, criterion)
+            if self._scored:
+                preflight.refuse_empty_validation(trainer, criterion)
+            elif trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
+                raise preflight.PruningSetupError(NO_CALIBRATION)
             batch = preflight.peek_batch(trainer)
         if batch is not None:
             self.look(module, batch)
@@ -160,6 +177,8 @@ class Scorer:
                 samples += batch_size(batch)
                 if samples >= CALIBRATION_SAMPLES:
                     break
+        if not found:
+            raise preflight.PruningSetupError(NO_CALIBRATION)
         return found
 
     def pack(self) -> dict[str, Any] | None:

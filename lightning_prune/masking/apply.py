@@ -117,7 +117,9 @@ class MaskKeeper:
     def zero_gradients(self) -> None:
         """Set the gradients of masked weights to zero: they do not count in a norm, nor move.
 
-        Gradients that nobody has written to since the last call are left as they are.
+        Gradients that nobody has written to since the last call are left as they are. Autograd
+        counts writes; one through ``grad.data`` is not counted and shows in an optimizer's momenta,
+        but not in the weights, which are zeroed after the step whatever has happened.
         """
         zeroed = iter(self._zeroed)
         self._zeroed = []

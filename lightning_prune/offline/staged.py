@@ -246,9 +246,7 @@ def _check(
 ) -> None:
     faults = selection.faults(parameters, path)
     if likelihood not in get_args(Likelihood):
-        faults.append(
-            f"likelihood: expected one of {get_args(Likelihood)}, but got {likelihood!r}"
-        )
+        faults.append(f"likelihood: expected one of {get_args(Likelihood)}, but got {likelihood!r}")
     if generator is not None and not callable(getattr(generator, "sample", None)):
         faults.append(
             "generator: expected something with a method sample(n), but got "

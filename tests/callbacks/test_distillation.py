@@ -389,3 +389,9 @@ def test_copies_and_short_runs() -> None:
 def test_arguments_out_of_range_are_named_together() -> None:
     with pytest.raises(ValueError, match=r"(?s)`weight`.*`temperature`.*`likelihood`"):
         DistillationCallback(1.5, 0.0, likelihood="poisson")  # type: ignore[arg-type]
+
+
+def test_arguments_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="`weight`: expected") as caught:
+        DistillationCallback(weight="half", temperature=None)
+    assert "`temperature`: expected" in str(caught.value)

@@ -232,3 +232,8 @@ def test_a_decay_that_never_comes_is_worth_a_warning() -> None:
 def test_arguments_out_of_range_are_named_together(start) -> None:
     with pytest.raises(ValueError, match=r"(?s)`start`.*`shape`"):
         LearningRateDecay(start, shape="step")  # type: ignore[arg-type]
+
+
+def test_a_start_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="`start`: expected"):
+        LearningRateDecay("late")

@@ -178,3 +178,8 @@ def test_arguments_out_of_range_are_named_together() -> None:
         recipes.best(1.0, 1)
     with pytest.raises(ValueError, match="at most 4"):
         recipes.best(0.9, 6, stages=5)
+
+
+def test_steps_are_no_unit_of_a_recipe() -> None:
+    with pytest.raises(ValueError, match="every_n_train_steps"):
+        recipes.best(0.9, 6, every_n_train_steps=100)

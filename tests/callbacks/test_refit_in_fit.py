@@ -9,10 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_prune import Rewind, SaliencyPruningCallback
 from lightning_prune.callbacks import refitting
 from lightning_prune.callbacks.preflight import PruningSetupError
+from lightning_prune.exceptions import BatchFormatError
 from tests.callbacks.pruning_cases import (
     TOTAL,
     Digits,
@@ -25,6 +27,7 @@ from tests.callbacks.pruning_cases import (
     make_model,
     removed,
     trainer,
+    warnings_of,
     weights,
     zeros,
 )
@@ -154,7 +157,7 @@ def test_an_own_loader_calibrates_instead_of_the_validation() -> None:
         {1: 0.5}, refit="layers", criterion="magnitude", scoring_loader=loader
     )
     model = fit(pruner, model=train_only(), val=False)
-    assert Counted.passes == 1
+    assert Counted.passes == 2  # the first look, and the event
     assert zeros(model) == round(0.5 * TOTAL)
 
 
@@ -195,3 +198,144 @@ def test_prices_that_cannot_be_had_are_refused_before_the_first_step() -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="`refit` to be True, False, or one of"):
         SaliencyPruningCallback({1: 0.5}, refit="layer")
+
+
+class EndOfFit(L.Callback):
+    """Do something when a fit has ended, before the pruners come to it."""
+
+    def __init__(self, act) -> None:
+        self.act = act
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        self.act(trainer, pl_module)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_another_pruner_removed_stays_removed(method) -> None:
+    """The refit of weights corrects the biases beside them: not those that are pruned."""
+    biases = SaliencyPruningCallback({0: 0.5}, parameters=["net.0.bias"], criterion="magnitude")
+    layers = SaliencyPruningCallback({2: 0.5}, refit=method, criterion="magnitude")
+    model = fit(biases, layers, max_epochs=3)
+    assert len(layers.history) == 1
+    mask = biases.masks["net.0.bias"]
+    assert 0 < int((~mask).sum()) < len(mask)
+    assert bool((model.net[0].bias[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_the_calibration_is_where_the_model_is(own_loader) -> None:
+    """When a fit has ended, strategies for accelerators have taken the model back to the CPU."""
+    found = []
+    x, y = digits()
+    loader = [(x[:64], y[:64])] if own_loader else None
+    pruner = SaliencyPruningCallback({1: 0.5}, scoring_loader=loader)
+
+    def look(trainer, pl_module) -> None:
+        batches = pruner._pruner.scorer.calibration_batches(trainer)
+        found.extend(tensor.device.type for batch in batches for tensor in batch)
+
+    fit(pruner, EndOfFit(lambda trainer, module: look(trainer, module.to("meta"))))
+    assert set(found) == {"meta"}
+
+
+def test_an_event_that_removes_nothing_refits_nothing() -> None:
+    plain, refitted = (
+        fit(SaliencyPruningCallback({1: 0.0}, criterion="magnitude", refit=refit))
+        for refit in (False, "layers")
+    )
+    for name, weight in weights(plain).items():
+        assert torch.equal(weights(refitted)[name], weight)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_error_on_one_process_is_one_on_all(monkeypatch, own) -> None:
+    """Otherwise the others would wait for it for ever."""
+    flags = []
+
+    def all_reduce(flag, op) -> None:
+        flags.append(int(flag))
+        flag.fill_(1)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(refitting, "_share", lambda *_: pytest.fail("the others are gone"))
+    if own:
+        monkeypatch.setattr(refitting, "hold_out", lambda _: 1 / 0)
+    seen = []
+
+    def refit(trainer, module) -> None:
+        monkeypatch.setattr(type(trainer), "world_size", 2)
+        masks = {"net.0.weight": torch.zeros(24, 64, dtype=torch.bool)}
+        before = copy.deepcopy(module.state_dict())
+        parameters = dict(module.named_parameters())
+        error, match = (ZeroDivisionError, "division") if own else (RuntimeError, "another process")
+        with pytest.raises(error, match=match):
+            pruner._pruner.refitter.refit(trainer, module, parameters, masks)
+        seen.append(all(torch.equal(module.state_dict()[n], w) for n, w in before.items()))
+        monkeypatch.undo()
+
+    pruner = SaliencyPruningCallback({5: 0.5}, refit="layers", criterion="magnitude")
+    with warnings_of("The pruning schedule has targets up to epoch 5"):
+        fit(pruner, EndOfFit(refit), max_epochs=1)
+    assert flags == [int(own)]
+    assert seen == [True]
+
+
+class TwoInputs(Digits):
+    """Reads batches that the default forward cannot."""
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return nn.functional.cross_entropy(self(batch["left"] + batch["right"]), batch["y"])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0) -> None:
+        self(batch["left"] + batch["right"])
+
+
+def halves() -> DataLoader:
+    x, y = digits()
+    return DataLoader(
+        [{"left": x[i] / 2, "right": x[i] / 2, "y": y[i]} for i in range(200)], batch_size=40
+    )
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize("criterion", ["magnitude", lambda _, weights: weights])
+def test_batches_that_cannot_be_read_are_refused_before_the_first_step(criterion, sanity) -> None:
+    def run(model: Digits, **kwargs) -> None:
+        pruner = SaliencyPruningCallback({1: 0.5}, criterion=criterion, refit="layers", **kwargs)
+        trainer(pruner, num_sanity_val_steps=sanity).fit(model, halves(), halves())
+
+    model = TwoInputs()
+    own = {} if sanity else {"scoring_loader": halves()}
+    with pytest.raises(BatchFormatError, match="one input tensor beside its labels"):
+        run(model, **own)
+    assert model.steps == 0
+    run(TwoInputs(), forward=lambda module, batch: module(batch["left"] + batch["right"]), **own)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+def test_a_validation_without_samples_is_refused_before_the_first_step() -> None:
+    model = make_model()
+    pruner = SaliencyPruningCallback({1: 0.5}, criterion="magnitude", refit="layers")
+    with pytest.raises(PruningSetupError, match="yields none"):
+        trainer(pruner).fit(model, loaders()[0], DataLoader([]))
+    assert model.steps == 0
+
+
+def test_a_loader_that_is_used_up_is_said_to_be() -> None:
+    x, y = digits()
+    pruner = SaliencyPruningCallback(
+        {1: 0.5}, refit="layers", scoring_loader=iter([(x[:64], y[:64])] * 2)
+    )
+    with pytest.raises(PruningSetupError, match="gone through once only"):
+        fit(pruner)
+
+
+def test_an_event_that_removes_nothing_more_refits_nothing(monkeypatch) -> None:
+    calls = []
+    method = refitting.refit_survivors
+    monkeypatch.setattr(refitting, "refit_survivors", lambda *a: calls.append(a) or method(*a))
+    pruner = SaliencyPruningCallback({0: 0.5, 1: 0.5}, refit="layers", criterion="magnitude")
+    fit(pruner, max_epochs=3)
+    assert len(pruner.history) == 2
+    assert len(calls) == 1

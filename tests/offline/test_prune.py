@@ -207,3 +207,64 @@ def test_convolutions_and_dicts(digits) -> None:
 
 def test_it_is_at_the_front_door() -> None:
     assert "prune" in lightning_prune.__all__
+
+
+@pytest.mark.parametrize("share", [0.17, 0.58])  # round to 2 and 6, which is more
+def test_the_same_share_again_removes_nothing_more(share) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))  # 10 weights
+    masks = prune(model, [torch.rand(16, 3)], sparsity=share)
+    weights = copy.deepcopy(model.state_dict())
+    again = prune(model, [torch.rand(16, 3)], sparsity=share, stages=3, masks=masks)
+    assert all(torch.equal(again[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in weights.items())
+
+
+def test_all_that_cannot_be_used_is_said_at_once(model, batches) -> None:
+    with pytest.raises(ValueError, match="sparsity: expected a share") as caught:
+        prune(
+            model,
+            batches,
+            sparsity=1.5,
+            masks={
+                "0.bias": torch.zeros(48, dtype=torch.bool),
+                "2.weight": torch.zeros(3, dtype=torch.bool),
+            },
+        )
+    assert "masks['0.bias']" in str(caught.value)
+    assert "masks['2.weight']" in str(caught.value)
+    with pytest.raises(ValueError, match="likelihood: expected one of") as caught:
+        prune(
+            model,
+            batches,
+            sparsity=0.5,
+            criterion="magnitude",
+            refit="layers",
+            likelihood="poisson",
+            generator=object(),
+        )
+    assert "generator: expected something with a method sample(n)" in str(caught.value)
+
+
+def test_a_generator_of_nothing_is_refused(model, batches) -> None:
+    class Dry:
+        def sample(self, n: int) -> Tensor:
+            return torch.empty(0, 64)
+
+    with pytest.raises(ValueError, match=r"but got \(0, 64\)"):
+        prune(model, batches, sparsity=0.5, generator=Dry())
+
+
+def test_what_no_refit_could_correct_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(24, 3))
+    batch = torch.randint(0, 20, (64, 4))
+    with pytest.warns(UserWarning, match=r"left some parameters as they were\. 0\.weight: part of"):
+        prune(model, [batch], sparsity=0.5, stages=2, refit="layers")
+
+
+@pytest.mark.parametrize("refit", ["layers", "outputs"])
+def test_nothing_removed_is_nothing_refitted(model, trained, batches, refit) -> None:
+    prune(model, batches, sparsity=0.0, refit=refit)
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)

@@ -18,6 +18,7 @@ from lightning_prune.passes.batches import default_forward
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import layers as layers_module
 from lightning_prune.refit import layerwise
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration, hold_out
 from lightning_prune.refit.layerwise import refit_layers
 from tests.cases import Functional, Lambda, Residual, Scaled, Tied, Transformer, Twice
@@ -506,7 +507,7 @@ def test_the_pass_that_finds_the_layers_sees_their_order() -> None:
             return self.second(self.first(x))
 
     model = Backwards()
-    with layers_module.borrowed(model):
+    with borrowed(model):
         names = ["second.weight", "first.weight"]
         found, left = layers_module.find_layers(model, names, lambda: model(torch.ones(2, 4)))
     assert [layer.name for layer in found] == ["first.weight", "second.weight"]

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lightning_prune.passes.batches import default_forward
 from lightning_prune.passes.teacher import Teacher
+from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration
-from lightning_prune.refit.divergence import borrowed, divergence
+from lightning_prune.refit.divergence import divergence
 from lightning_prune.refit.gauss_newton import refit_outputs
 from lightning_prune.refit.linearisation import Objective
 from lightning_prune.refit.survivors import Survivors
@@ -138,6 +139,6 @@ def test_all_faults_of_a_call_come_at_once():
 
 
 def test_borrowed_attention_is_the_plain_one():
-    with borrowed(nn.Linear(1, 1)):
+    with borrowed(nn.Linear(1, 1), derivatives=2):
         assert torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.flash_sdp_enabled()
