@@ -88,5 +88,13 @@ def _panel(axes: Axes, table: Table, family: str) -> None:
     axes.set_xlabel("weights kept, %")
     axes.grid(axis="y", color="#e7e5e4", lw=0.6)
     # Where the good ones differ; the lost ones leave the picture and are in the table.
-    axes.set_ylim(max(0.0, dense - (45 if family == "no-retraining" else 20)), dense + 1.5)
+    best = max(e for arm in shown for e in map(_top, table.accuracies[arm].values()))
+    bottom = max(0.0, dense - (45 if family == "no-retraining" else 20))
+    axes.set_ylim(bottom, max(dense, best) + 0.5)
     axes.legend(loc="lower left")
+
+
+def _top(values: dict[int, float]) -> float:
+    """Return the upper end of what is drawn for a cell."""
+    found = estimate(values.values())
+    return found.mean + (found.half if math.isfinite(found.half) else 0.0)

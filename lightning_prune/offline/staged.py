@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from lightning_prune._targets import count_faults, is_number, raise_faults
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.masking import count_removed, find_prunable, zero_removed
-from lightning_prune.offline.generated import Sampler, generated_batches
+from lightning_prune.offline.generated import (
+    TRIAL_STAGES,
+    Sampler,
+    Trial,
+    chosen_batches,
+    generated_batches,
+    group_divergences,
+)
 from lightning_prune.passes.batches import default_forward
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import (
@@ -42,7 +50,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     criterion: Callable[[Scores, Mapping[str, Tensor]], Scores] | str = "taylor",
     refit: bool | Refit = False,
     generator: Sampler | None = None,
-    generated: int | None = None,
+    generated: int | Literal["auto"] | None = None,
     target: Target = "probability",
     likelihood: Likelihood = "categorical",
     tolerance: float = 1e-3,
@@ -75,6 +83,9 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         generator: A VAE, or anything with ``sample(n)``: its inputs join scoring and refit. They
             have to look like the inputs in ``batches``.
         generated: How many; by default as many as there are real samples, but at least 1,000.
+            ``"auto"`` tries 0, 250, 1,000 and 2,000 in short ways down that are taken back, and
+            takes the number that keeps real samples left out of these closest to the dense model;
+            none, unless that is clearly better. Takes several times as long.
         target: Which R, as in :func:`~lightning_prune.squared_gradients`.
         likelihood: What the model's output means, as there.
         tolerance: The share of the score's output energy that may be left out to save time.
@@ -116,42 +127,106 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     if not real:
         raise ValueError("Expected at least one batch to prune by but `batches` was empty.")
     forward = default_forward if forward is None else forward
+    descent = _Descent(
+        model, chosen, ranking, selection, method, target, likelihood, tolerance, forward
+    )
     extra: list[Any] = []
     if generator is not None:
-        extra = generated_batches(
-            model, real, generator, generated, forward=forward, likelihood=likelihood, seed=seed
+        draw = partial(
+            generated_batches,
+            model,
+            real,
+            generator,
+            forward=forward,
+            likelihood=likelihood,
+            seed=seed,
         )
-    everything = [*real, *extra]
-    scoring = _Scoring(model, chosen, everything, ranking, target, likelihood, tolerance, forward)
-    fit, held_out = hold_out(real)
-    dense = Teacher.of(model)
-    calibration = Calibration(dense, [*fit, *extra], held_out, forward, likelihood)
-    masks = complete_masks(chosen, masks)
-    corrected, left = set[str](), dict[str, str]()
-    try:
-        for share in path:
-            scores, saliency = scoring(masks)
-            selected = selection(scores, share, masks=masks, saliency=saliency)
-            masks = selected.masks
-            zero_removed(chosen, masks)
-            if method is not None and count_removed(masks)[0]:
-                report = refit_survivors(model, masks, calibration, method)
-                corrected.update(report.refitted)
-                left = report.left
-    except BaseException:
-        dense.restore(model)
-        raise
-    if selected.guarded:
+        if generated == "auto":
+            short = _path(sparsity, min(stages, TRIAL_STAGES), chosen, masks or {})
+            extra = chosen_batches(descent.trial(short, masks), real, draw)
+        else:
+            extra = draw(generated)
+    masks, guarded, left = descent(path, masks, real, extra)
+    if guarded:
         warnings.warn(
-            f"{', '.join(selected.guarded)} would have lost too much; the guard against collapse "
+            f"{', '.join(guarded)} would have lost too much; the guard against collapse "
             "left them more than the ranking asks for.",
             stacklevel=2,
         )
-    if notes := [f"{name}: {why}" for name, why in left.items() if name not in corrected]:
+    if notes := [f"{name}: {why}" for name, why in left.items()]:
         warnings.warn(
             f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=2
         )
     return masks
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """A model on its way down from its dense self; a call is one way down, in stages."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    ranking: Criterion
+    selection: Selection
+    method: Refit | None
+    target: Target
+    likelihood: Likelihood
+    tolerance: float
+    forward: Forward
+
+    def __call__(
+        self, path: list[float], masks: Masks | None, real: list[Any], extra: list[Any]
+    ) -> tuple[Masks, list[str], dict[str, str]]:
+        """Prune along a path; return the masks, what the guard spared, and what no refit corrected.
+
+        If anything goes wrong the model is what it was.
+        """
+        fit, held_out = hold_out(real)
+        dense = Teacher.of(self.model)
+        calibration = Calibration(dense, [*fit, *extra], held_out, self.forward, self.likelihood)
+        scoring = _Scoring(
+            self.model,
+            self.parameters,
+            [*real, *extra],
+            self.ranking,
+            self.target,
+            self.likelihood,
+            self.tolerance,
+            self.forward,
+        )
+        masks = complete_masks(dict(self.parameters), masks)
+        corrected, left, guarded = set[str](), dict[str, str](), list[str]()
+        try:
+            for share in path:
+                scores, saliency = scoring(masks)
+                selected = self.selection(scores, share, masks=masks, saliency=saliency)
+                masks, guarded = selected.masks, selected.guarded
+                zero_removed(self.parameters, masks)
+                if self.method is not None and count_removed(masks)[0]:
+                    report = refit_survivors(self.model, masks, calibration, self.method)
+                    corrected.update(report.refitted)
+                    left = report.left
+        except BaseException:
+            dense.restore(self.model)
+            raise
+        return masks, guarded, {n: why for n, why in left.items() if n not in corrected}
+
+    def trial(self, path: list[float], masks: Masks | None) -> Trial:
+        """Return a way down that is taken back: batches -> how far it leads from the dense model.
+
+        That is (real, generated, unseen) -> the divergence on each group of unseen samples, nats.
+        """
+
+        def measured(real: list[Any], extra: list[Any], unseen: list[Any]) -> Tensor:
+            dense = Teacher.of(self.model)
+            self(path, masks, real, extra)
+            try:
+                calibration = Calibration(dense, [], unseen, self.forward, self.likelihood)
+                return group_divergences(self.model, calibration)
+            finally:
+                dense.restore(self.model)
+
+        return measured
 
 
 @dataclass(frozen=True)
@@ -257,6 +332,6 @@ def _check(
             f"regrow={selection.regrow} compares weights by R, which criterion={ranking.name!r} "
             "has no use for. Choose 'taylor' or 'saliency'"
         )
-    if generated is not None:
+    if generated not in (None, "auto"):
         faults += count_faults(generated=generated)
     raise_faults(faults, "The arguments")

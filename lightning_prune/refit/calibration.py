@@ -47,8 +47,16 @@ class Calibration:
         return self.held_out or self.batches
 
 
-def hold_out(batches: Iterable[Any], every: int = EVERY) -> tuple[list[Any], list[Any]]:
+def hold_out(
+    batches: Iterable[Any], every: int = EVERY, *, place: int | None = None
+) -> tuple[list[Any], list[Any]]:
     """Split batches: each ``every``-th sample is held out, counted over all batches.
+
+    Args:
+        batches: In the user's form.
+        every: One sample in so many is held out.
+        place: Which one of them, counted from 0; by default the last. Different places hold out
+            different samples.
 
     Returns:
         The batches without these samples, and these samples; empty ones are left out.
@@ -60,14 +68,14 @@ def hold_out(batches: Iterable[Any], every: int = EVERY) -> tuple[list[Any], lis
     """
     fit: list[Any] = []
     held_out: list[Any] = []
-    seen = 0
+    seen, place = 0, every - 1 if place is None else place
     for batch in batches:
         size = batch_size(batch)
         index = torch.arange(seen, seen + size)
         seen += size
         for part, chosen in (
-            (fit, index % every != every - 1),
-            (held_out, index % every == every - 1),
+            (fit, index % every != place),
+            (held_out, index % every == place),
         ):
             if bool(chosen.any()):
                 part.append(take_samples(batch, chosen.nonzero()[:, 0]))
