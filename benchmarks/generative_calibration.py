@@ -70,6 +70,8 @@ class Settings:
     learning_rate: float = 1e-3
 
 
+# On the tuning draws of 50, over real digits only at 90 and 95 %: as set +23.9 and +39.3; 700 steps
+# +21.6 and +35.0; without shifts, or with shifts of two pixels, within 0.3 of as set.
 SETTINGS = Settings()
 NOISE = 0.1
 
@@ -194,26 +196,38 @@ def pruned(case: Case, dense: nn.Module, generator: Any) -> nn.Module:
     return net.eval()
 
 
+ORDER: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (50, ("real", "vae")),
+    (1000, ("real", "vae")),
+    (50, ("shifts", "noisy")),
+    (1000, ("auto",)),
+    (50, ("auto",)),
+    (200, tuple(ARMS)),
+    (1000, ("shifts", "noisy")),
+)
+"""The most telling first."""
+
+
 def cases(seeds: int) -> Iterator[Case]:
-    """Yield the work, a draw after the other, the arms that share a VAE next to each other."""
-    for seed, real in itertools.product(range(seeds), REAL):
-        for arm, refit, share in itertools.product(ARMS, REFITS, SPARSITIES):
+    """Yield the work in the order in which it is worth most if stopped."""
+    for refit, (real, arms), seed in itertools.product(REFITS, ORDER, range(seeds)):
+        for arm, share in itertools.product(arms, SPARSITIES):
             yield Case(real, refit, arm, share, seed)
 
 
 def run(seeds: int, arms: list[str], path: Path) -> None:
     """Measure what is missing on the test part."""
-    made: dict[tuple[int, int, bool, str], tuple[Any, float]] = {}
+    made: dict[tuple[str, int, int], tuple[Any, float]] = {}
     for case in cases(seeds):
         if case.arm not in arms or key(case.row) in read_rows(path):
             continue
         dense = subjects.dense(NETWORK, case.seed, RESULTS / ".cache")
         kind = "vae" if case.arm == "auto" else case.arm
-        which = (case.seed, case.real, kind == "vae", kind)
+        which = (kind, case.real, case.seed)
         if which not in made:
             start = time.process_time()
             found = sampler(case.arm, drawn(case.real, case.seed), case.seed, SETTINGS)
-            made = {which: (found, time.process_time() - start)}
+            made[which] = (found, time.process_time() - start)
         generator, fitting = made[which]
         start = time.process_time()
         net = pruned(case, dense, generator)

@@ -23,14 +23,15 @@ from lightning_prune.callbacks import recipes
 from lightning_prune.masking import find_prunable
 
 MODEL_PRUNING = ("ModelPruning", "ModelPruning-same")
+PLAIN: dict[str, Any] = {"criterion": "taylor", "distill": False}
 RECIPE: dict[str, dict[str, Any]] = {
     "recipe": {},
+    "recipe-no-distill": {"distill": False},
     "recipe-layers": {"refit": "layers"},
-    "recipe-outputs": {"refit": "outputs"},
-    "recipe-distill": {"distill": 0.5},
-    "recipe-no-decay": {"decay": False},
-    "recipe-one-shot": {"stages": 1},
-    "recipe-obs-layers": {"criterion": "obs", "refit": "layers"},
+    "recipe-taylor": {"criterion": "taylor"},
+    "recipe-taylor-no-distill": PLAIN,
+    "recipe-taylor-no-distill-no-decay": {**PLAIN, "decay": False},
+    "recipe-taylor-no-distill-one-shot": {**PLAIN, "stages": 1},
 }
 """Name -> what is other than in ``recipes.best(sparsity, epochs)``."""
 

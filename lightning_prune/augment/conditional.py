@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def condition_of(
-    labels: Tensor | None, classes: int | None, n: int, like: Tensor
-) -> Tensor | None:
+def condition_of(labels: Tensor | None, classes: int | None, n: int, like: Tensor) -> Tensor | None:
     """Return labels as the rows of a one-hot matrix (N, K); None for an unconditional VAE.
 
     Args:

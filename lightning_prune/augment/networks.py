@@ -3,7 +3,9 @@
 The contract every pair keeps, so that other pairs can take the place of the dense one:
 
 - an encoder maps (N, *shape) to (N, 2 L): the posterior's mean and log-variance, side by side;
-- a decoder maps (N, L) to (N, *shape): the likelihood's natural parameter for each element.
+- a decoder maps (N, L) to (N, *shape): the likelihood's natural parameter for each element;
+- with K classes, the encoder takes the one-hot labels (N, K) as a second argument, and the
+  decoder's input is (N, L + K).
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune.augment.conditional import beside
 
 
 class DenseSizes(NamedTuple):
@@ -45,23 +50,32 @@ def dense_sizes(features: int) -> DenseSizes:
 class DenseEncoder(nn.Sequential):
     """Flatten and map by three linear layers: (N, *shape) -> (N, 2 L)."""
 
-    def __init__(self, shape: Sequence[int], sizes: DenseSizes) -> None:
+    def __init__(self, shape: Sequence[int], sizes: DenseSizes, classes: int = 0) -> None:
         super().__init__(
             nn.Flatten(),
-            nn.Linear(math.prod(shape), sizes.outer),
+            nn.Linear(math.prod(shape) + classes, sizes.outer),
             nn.ReLU(),
             nn.Linear(sizes.outer, sizes.inner),
             nn.ReLU(),
             nn.Linear(sizes.inner, 2 * sizes.latent),
         )
+        self.features = math.prod(shape)
+
+    @override
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return mean and log-variance, for inputs with the one-hot labels beside them."""
+        if condition is not None:
+            x = beside(x.reshape(len(x), self.features), condition)
+        parameters: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return parameters
 
 
 class DenseDecoder(nn.Sequential):
-    """Map by three linear layers and restore the shape: (N, L) -> (N, *shape)."""
+    """Map by three linear layers and restore the shape: (N, L + K) -> (N, *shape)."""
 
-    def __init__(self, shape: Sequence[int], sizes: DenseSizes) -> None:
+    def __init__(self, shape: Sequence[int], sizes: DenseSizes, classes: int = 0) -> None:
         super().__init__(
-            nn.Linear(sizes.latent, sizes.inner),
+            nn.Linear(sizes.latent + classes, sizes.inner),
             nn.ReLU(),
             nn.Linear(sizes.inner, sizes.outer),
             nn.ReLU(),

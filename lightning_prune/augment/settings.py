@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_prune.augment.input_range import Units, find_units
@@ -19,6 +18,7 @@ def settings_for(x: Tensor) -> dict[str, Any]:
     an end of the range, as in a flattened picture; Gaussian for other vectors.
 
     Example:
+        >>> import torch
         >>> settings_for(torch.rand(8, 28, 28))["likelihood"]
         'bernoulli'
         >>> settings_for(torch.randn(8, 5))["likelihood"]

@@ -25,9 +25,6 @@ AT_LEAST = 1000
 NUMBERS = (250, 1000, 2000)
 """How many generated inputs are tried beside none."""
 
-TRIAL_STAGES = 4
-"""Of a trial: enough to tell which data are better, at half the time of a usual way down."""
-
 EVERY = 5
 """A trial leaves out one real sample in so many, and is judged by it."""
 

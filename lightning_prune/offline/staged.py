@@ -19,7 +19,6 @@ from lightning_prune._targets import count_faults, is_number, raise_faults
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.masking import count_removed, find_prunable, zero_removed
 from lightning_prune.offline.generated import (
-    TRIAL_STAGES,
     Sampler,
     Trial,
     chosen_batches,
@@ -78,14 +77,14 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             with ``refit``), ``"saliency"`` (R), ``"magnitude"``, ``"random"`` or a callable
             (scores, parameters) -> scores.
         refit: ``"outputs"`` (also ``True``) fits the network's predictions by Gauss-Newton steps,
-            ``"layers"`` each layer's pre-activations by a closed form, which is faster. A fifth of
+            ``"layers"`` each layer's pre-activations by a closed form, which is faster. A tenth of
             the samples is held out, and a correction that makes these worse is refused.
         generator: A VAE, or anything with ``sample(n)``: its inputs join scoring and refit. They
             have to look like the inputs in ``batches``.
         generated: How many; by default as many as there are real samples, but at least 1,000.
-            ``"auto"`` tries 0, 250, 1,000 and 2,000 in short ways down that are taken back, and
+            ``"auto"`` tries 0, 250, 1,000 and 2,000 in ways down that are taken back, and
             takes the number that keeps real samples left out of these closest to the dense model;
-            none, unless that is clearly better. Takes several times as long.
+            none, unless that is clearly better. Takes about five times as long.
         target: Which R, as in :func:`~lightning_prune.squared_gradients`.
         likelihood: What the model's output means, as there.
         tolerance: The share of the score's output energy that may be left out to save time.
@@ -142,8 +141,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             seed=seed,
         )
         if generated == "auto":
-            short = _path(sparsity, min(stages, TRIAL_STAGES), chosen, masks or {})
-            extra = chosen_batches(descent.trial(short, masks), real, draw)
+            extra = chosen_batches(descent.trial(path, masks), real, draw)
         else:
             extra = draw(generated)
     masks, guarded, left = descent(path, masks, real, extra)

@@ -17,8 +17,8 @@ from lightning_prune.passes.teacher import Teacher
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 
-EVERY = 5
-"""One sample in so many is held out."""
+EVERY = 10
+"""One sample in so many is held out. A fifth was tried: half a point less at a sparsity of 90 %."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def hold_out(
         The batches without these samples, and these samples; empty ones are left out.
 
     Example:
-        >>> fit, held_out = hold_out([torch.arange(4), torch.arange(4, 8)])
+        >>> fit, held_out = hold_out([torch.arange(4), torch.arange(4, 8)], 5)
         >>> fit, held_out
         ([tensor([0, 1, 2, 3]), tensor([5, 6, 7])], [tensor([4])])
     """

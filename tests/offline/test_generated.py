@@ -80,7 +80,7 @@ def test_few_real_samples_take_generated_ones_that_are_as_good(trained, digits) 
 
 
 def test_what_does_harm_is_left_out_and_the_trials_leave_no_trace(trained, digits) -> None:
-    # A tenth of the range: inputs like none of the real ones, and 2,000 of them.
+    # 30 times the range: inputs like none of the real ones, and 2,000 of them.
     harm = Source(digits[0][:900], lambda x: torch.rand_like(x) * 30)
     real = [digits[0][:600], digits[0][600:1000]]
     net, alone = copy.deepcopy(trained), copy.deepcopy(trained)
@@ -97,7 +97,7 @@ def test_what_does_harm_is_left_out_and_the_trials_leave_no_trace(trained, digit
 def test_a_trial_that_fails_leaves_the_model_as_it_was(trained, digits) -> None:
     net = copy.deepcopy(trained)
     nan = Source(digits[0], lambda x: x * float("nan"))
-    with pytest.raises(Exception, match="finite|NaN"):
+    with pytest.raises(Exception, match=r"(?i)finite|nan"):
         prune(net, [digits[0][:200]], generator=nan, generated="auto", **OPTIONS)
     assert equal(net, trained)
 
@@ -134,7 +134,7 @@ def test_every_trial_sees_the_rest_and_is_judged_by_what_it_left_out(count, tria
     assert [n for _, n, _ in asked] == [n for n in (0, *NUMBERS) for _ in range(trials)]
     for fit, _, unseen in asked:
         assert sorted([*fit.tolist(), *unseen.tolist()]) == list(range(count))
-        assert len(unseen) == count // 5
+        assert len(unseen) in (count // 5, count // 5 + 1)
     judged = torch.cat([unseen for _, n, unseen in asked if n == 0])
     assert len(judged.unique()) == len(judged)
 
@@ -182,5 +182,5 @@ def test_places_hold_out_different_samples() -> None:
     batches = [torch.arange(7), torch.arange(7, 19)]
     parts = [torch.cat(hold_out(batches, 5, place=k)[1]).tolist() for k in range(5)]
     assert [part[0] for part in parts] == [0, 1, 2, 3, 4]
-    assert sorted(sum(parts, [])) == list(range(19))
-    assert torch.equal(torch.cat(hold_out(batches)[1]), torch.cat(hold_out(batches, place=4)[1]))
+    assert sorted(index for part in parts for index in part) == list(range(19))
+    assert torch.equal(torch.cat(hold_out(batches)[1]), torch.cat(hold_out(batches, place=9)[1]))
