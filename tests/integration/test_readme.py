@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import SaliencyPruningCallback, sparsity
+from lightning_prune import SaliencyPruningCallback, prune, recipes, sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -41,16 +42,35 @@ class Classifier(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
-def test_the_ten_lines_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 12
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def what_a_user_has() -> dict[str, Any]:
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(labels))
-    names = {
+    return {
         "model": Classifier(),
         "train_loader": DataLoader(torch.utils.data.Subset(data, range(1200)), 32, shuffle=True),
         "val_loader": DataLoader(torch.utils.data.Subset(data, range(1200, 1797)), 200),
     }
+
+
+def test_the_two_calls_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, code = blocks()
+    names = what_a_user_has()
+    given = {"L": L, "recipes": recipes, "prune": prune, "batches": names["val_loader"]}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {**given, **names}, made := {})
+    assert sparsity(names["model"]) == sparsity(made["masks"]) == pytest.approx(0.95, abs=1e-3)
+    made["trainer"].fit(names["model"], names["train_loader"], names["val_loader"])
+    assert sparsity(names["model"]) == pytest.approx(0.98, abs=1e-3)
+
+
+def test_the_ten_lines_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _ = blocks()
+    assert len(code.splitlines()) <= 12
+    names = what_a_user_has()
     monkeypatch.chdir(tmp_path)  # Lightning's default logger writes here
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
