@@ -23,15 +23,15 @@ from lightning_prune.callbacks import recipes
 from lightning_prune.masking import find_prunable
 
 MODEL_PRUNING = ("ModelPruning", "ModelPruning-same")
-PLAIN: dict[str, Any] = {"criterion": "taylor", "distill": False}
+PLAIN: dict[str, Any] = {"criterion": "taylor"}
 RECIPE: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "recipe-no-distill": {"distill": False},
+    "recipe-distill": {"distill": 0.5},
     "recipe-layers": {"refit": "layers"},
-    "recipe-taylor": {"criterion": "taylor"},
-    "recipe-taylor-no-distill": PLAIN,
-    "recipe-taylor-no-distill-no-decay": {**PLAIN, "decay": False},
-    "recipe-taylor-no-distill-one-shot": {**PLAIN, "stages": 1},
+    "recipe-taylor": PLAIN,
+    "recipe-taylor-distill": {**PLAIN, "distill": 0.5},
+    "recipe-taylor-no-decay": {**PLAIN, "decay": False},
+    "recipe-taylor-one-shot": {**PLAIN, "stages": 1},
 }
 """Name -> what is other than in ``recipes.best(sparsity, epochs)``."""
 

@@ -25,7 +25,7 @@ def best(
     stages: int | None = None,
     criterion: Any = "obs",
     refit: bool | Refit = False,
-    distill: bool | float | DistillationCallback = True,
+    distill: bool | float | DistillationCallback = False,
     decay: bool = True,
     batch_norm: bool = True,
     **pruner: Any,
@@ -34,11 +34,11 @@ def best(
 
     In the first two thirds of the epochs the network is pruned in ``stages`` events, one at the end
     of an epoch, each scored anew and each removing the same share of the weights still there. Then
-    the masks stay, and the learning rate falls to 0. All the while after the first event the
-    network learns from the dense one as well as from the labels, and at the end batch norms get
-    their statistics anew. Each part can be switched off, and a refit on; docs/quality.md says what
-    they are worth. The optimizer is the user's: its learning rate should be that of a training from
-    scratch or above, not the small one of a fine-tuning.
+    the masks stay, and the learning rate falls to 0. At the end batch norms get their statistics
+    anew. Each part can be switched off; ``refit``, and ``distill``, learning from the dense network
+    beside the labels, can be switched on. They are not by default, as docs/quality.md says. The
+    optimizer is the user's: its learning rate should be that of a training from scratch or above,
+    not the small one of a fine-tuning.
 
     Args:
         sparsity: The share of all prunable weights removed in the end, in (0, 1).
@@ -62,7 +62,6 @@ def best(
         >>> for callback in best(0.95, epochs=12):
         ...     print(type(callback).__name__)
         SaliencyPruningCallback
-        DistillationCallback
         LearningRateDecay
         BatchNormStatistics
         >>> best(0.875, epochs=6, stages=3)[0].schedule

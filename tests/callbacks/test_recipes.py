@@ -38,9 +38,10 @@ def test_the_list_has_each_part_that_is_not_switched_off() -> None:
         LearningRateDecay,
         BatchNormStatistics,
     ]
-    assert [type(c) for c in recipes.best(0.9, 12)] == kinds
+    assert [type(c) for c in recipes.best(0.9, 12, distill=True)] == kinds
+    assert [type(c) for c in recipes.best(0.9, 12)] == [*kinds[:1], *kinds[2:]]
     for off, kind in zip(("distill", "decay", "batch_norm"), kinds[1:], strict=True):
-        left = [type(c) for c in recipes.best(0.9, 12, **{off: False})]
+        left = [type(c) for c in recipes.best(0.9, 12, **{"distill": True, off: False})]
         assert left == [k for k in kinds if k is not kind]
     mine = DistillationCallback(0.1, module="net")
     assert recipes.best(0.9, 12, distill=mine)[1] is mine
@@ -99,7 +100,7 @@ def test_a_fit_reaches_the_sparsity_keeps_its_zeros_and_ends_well() -> None:
 def test_each_part_makes_a_difference_and_nothing_random_does() -> None:
     ends = [
         fit(*recipes.best(0.9, EPOCHS, **off), max_epochs=EPOCHS).state_dict()
-        for off in ({}, {}, {"distill": 0}, {"decay": False}, {"batch_norm": False})
+        for off in ({}, {}, {"distill": 0.5}, {"decay": False}, {"batch_norm": False})
     ]
     same = [all(torch.equal(a, end[n]) for n, a in ends[0].items()) for end in ends]
     assert same == [True, True, False, False, False]
