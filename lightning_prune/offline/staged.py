@@ -112,7 +112,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-        >>> masks = prune(model, [torch.randn(64, 8)], sparsity=0.5, stages=2, refit="layers")
+        >>> masks = prune(model, [torch.randn(64, 8)], sparsity=0.5, stages=2)
         >>> int(sum((~mask).sum() for mask in masks.values()))
         88
     """
