@@ -112,4 +112,6 @@ class Crop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` cut to size."""
-        return x[(..., *(slice(extent) for extent in self.extents))]
+        for axis, extent in enumerate(self.extents, start=2):
+            x = x.narrow(axis, 0, extent)
+        return x
