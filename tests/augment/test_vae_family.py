@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from torch.nn import functional as F
 from lightning_prune.augment.conv_vae import ConvVAE, recipe_of, vae_from
 from lightning_prune.augment.likelihoods import DiscretisedLogisticLikelihood
 from lightning_prune.augment.vae import VAE, DenseVAE
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small gain nothing by threads, which wait for one another when busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def digits() -> tuple[Tensor, Tensor]:
