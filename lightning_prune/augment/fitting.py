@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.augment.conv_vae import ConvVAE, recipe_of, vae_from
 from lightning_prune.augment.vae import VAE, DenseVAE
 from lightning_prune.passes.isolation import evaluating, own_randomness
 
@@ -150,7 +151,7 @@ class GeneratorFitter:
         return {
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "settings": self.vae.settings if isinstance(self.vae, DenseVAE) else None,
+            "settings": recipe_of(self.vae),
             "batches": self.batches,
             "skipped": self.skipped,
             "draws": dict(self.draws),
@@ -255,10 +256,10 @@ class GeneratorFitter:
         return checked
 
 
-def build_vae(settings: dict[str, Any], dtype: torch.dtype, *, seed: int) -> DenseVAE:
-    """Return a default VAE for inputs of a dtype: in float64 for those, else in float32."""
+def build_vae(settings: dict[str, Any], dtype: torch.dtype, *, seed: int) -> DenseVAE | ConvVAE:
+    """Return a VAE of ours for inputs of a dtype: in float64 for those, else in float32."""
     with own_randomness(torch.device("cpu"), seed, "init"):
-        vae = DenseVAE(**settings)
+        vae = vae_from(settings)
     return vae.double() if dtype == torch.float64 else vae
 
 

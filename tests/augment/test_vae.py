@@ -186,3 +186,139 @@ def test_bernoulli_takes_values_outside_its_range_for_its_ends():
     outside = likelihood.log_prob(logits, torch.tensor([-1.0, 2.0, 0.0, 1.0]))
     inside = likelihood.log_prob(logits, torch.tensor([0.0, 1.0, 0.0, 1.0]))
     torch.testing.assert_close(outside, inside)
+
+
+def _linear(weights: torch.Tensor, variance: float, *, error: float = 0.0, **arguments) -> VAE:
+    """x = weights z + noise, with the exact posterior where it is diagonal, or off by ``error``."""
+    precision = 1 + weights.square().sum(0) / variance
+
+    class Encoder(nn.Module):
+        def forward(self, x):
+            mean = x @ weights / variance / precision + error
+            return torch.cat([mean, -precision.log().expand_as(mean)], dim=1)
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return z @ weights.T
+
+    size, latent = weights.shape
+    likelihood = GaussianLikelihood((size,), variance)
+    identity = InputRange((size,), "all", batches=0)
+    vae = VAE(Encoder(), Decoder(), likelihood, identity, latent=latent, **arguments)
+    return vae.double().eval()
+
+
+def test_the_bound_of_each_input_is_its_log_probability_under_ppca():
+    """Tipping & Bishop 1999: x ~ N(0, W W^T + s^2 I); orthogonal columns, diagonal posterior."""
+    torch.manual_seed(0)
+    orthogonal = torch.linalg.qr(torch.randn(5, 2).double()).Q
+    weights, variance = orthogonal * torch.tensor([2.0, 0.7]).double(), 0.2
+    covariance = weights @ weights.T + variance * torch.eye(5).double()
+    p = torch.distributions.MultivariateNormal(torch.zeros(5).double(), covariance)
+    x = p.sample((6,))
+
+    exact = _linear(weights, variance)
+    # With q = p(z|x) every importance weight equals p(x): no noise at all.
+    torch.testing.assert_close(exact.elbo(x, samples=2), p.log_prob(x), rtol=1e-5, atol=1e-5)
+    mean = torch.stack([exact.elbo(x) for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, p.log_prob(x), rtol=0, atol=0.1)
+
+    poor = _linear(weights, variance, error=0.4)
+    loose = torch.stack([poor.elbo(x) for _ in range(300)]).mean(0)
+    tighter = torch.stack([poor.elbo(x, samples=10) for _ in range(300)]).mean(0)
+    assert (loose < tighter).all()
+    assert (tighter < p.log_prob(x) + 0.02).all()
+    with pytest.raises(ValueError, match="`samples`"):
+        exact.elbo(x, samples=0)
+
+
+def test_the_bound_is_the_loss_by_sample_and_leaves_the_vae_alone(digits):
+    vae = DenseVAE((8, 8), likelihood="logistic", levels=17)
+    vae.loss(digits[:32])
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    torch.manual_seed(3)
+    each = vae.elbo(digits[:50] * 2)
+    assert vae.training
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    torch.manual_seed(3)
+    terms = vae.eval().terms(digits[:50] * 2)
+    torch.testing.assert_close(-each.mean(), terms.reconstruction + terms.kl)
+
+
+def test_digits_have_a_higher_bound_than_shuffled_ones(digits):
+    vae = DenseVAE((8, 8), likelihood="logistic", levels=17)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    for _ in range(8):
+        for batch in digits[:1500].split(64):
+            optimizer.zero_grad()
+            vae.loss(batch).backward()
+            optimizer.step()
+    real = digits[1500:]
+    order = torch.rand(real.flatten(1).shape).argsort(1)
+    shuffled = real.flatten(1).gather(1, order).view_as(real)
+    assert (vae.elbo(real) > vae.elbo(shuffled)).double().mean() > 0.95
+    assert set(vae.sample(100).unique().tolist()) <= set(range(17))
+
+
+def test_the_kl_is_that_of_monte_carlo():
+    vae = DenseVAE((4,), latent=3).double().eval()
+    with torch.no_grad():
+        vae.encoder[-1].bias.copy_(torch.tensor([0.5, -1.0, 0.2, -1.0, 0.3, 0.0]))
+    x = torch.rand(2, 4).double()
+    q = vae.posterior(x)
+    torch.manual_seed(0)
+    z = q.sample((100_000,))
+    sampled = (q.log_prob(z) - vae.prior().log_prob(z)).mean(0)
+    torch.testing.assert_close(vae.terms(x).kl, sampled.mean(), rtol=0, atol=0.02)
+
+
+def test_free_bits_are_a_floor_for_each_dimension_and_kl_is_reported_raw():
+    vae = DenseVAE((4,), latent=3, free_bits=0.3).double().eval()
+    with torch.no_grad():
+        vae.encoder[-1].weight.zero_()
+        vae.encoder[-1].bias.copy_(torch.tensor([2.0, 0.1, 0.0, 0.0, 0.0, 0.0]))
+    terms = vae.terms(torch.rand(5, 4).double())
+    assert terms.kl.item() == pytest.approx(2.0 + 0.005)
+    assert (terms.loss - terms.reconstruction).item() == pytest.approx(2.0 + 0.3 + 0.3)
+
+    (terms.loss - terms.reconstruction).backward()
+    # Only the dimension above the floor is pulled towards the prior.
+    assert vae.encoder[-1].bias.grad[:3].tolist() == pytest.approx([2.0, 0.0, 0.0])
+
+
+def test_reconstructions_and_interpolations_are_those_of_posterior_means(digits):
+    vae = DenseVAE((8, 8))
+    vae.loss(digits)
+    x, other = digits[:3], digits[3:6]
+    a, b = (vae.encoder(part / 16).chunk(2, 1)[0] for part in (x, other))
+    t = torch.tensor([0.0, 0.25, 1.0])
+    expected = 16 * vae.decoder(a + t[:, None] * (b - a)).sigmoid()
+    torch.testing.assert_close(vae.interpolate(x, other, t), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vae.reconstruct(x)[0], expected[0], rtol=1e-4, atol=1e-4)
+    state = torch.get_rng_state()
+    vae.interpolate(x, other, 0.3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.training
+
+
+def test_a_collapse_is_seen_after_the_warmup_only():
+    vae = DenseVAE((4,), warmup=300)
+    assert not vae.collapsed(0.0)
+    vae.steps.fill_(299)
+    assert not vae.collapsed(0.0)
+    vae.steps.fill_(300)
+    assert vae.collapsed(torch.tensor(0.04))
+    assert not vae.collapsed(0.06)
+    assert not vae.collapsed(float("nan"))
+    hasty = DenseVAE((4,), warmup=0)
+    hasty.steps.fill_(5)
+    assert not hasty.collapsed(0.0)  # no VAE has learnt anything by then
+
+
+def test_settings_of_earlier_checkpoints_still_build_a_vae():
+    earlier = {
+        name: value
+        for name, value in DenseVAE((3,)).settings.items()
+        if name not in ("levels", "free_bits", "classes")
+    }
+    DenseVAE(**earlier).load_state_dict(DenseVAE((3,)).state_dict())
