@@ -3,20 +3,29 @@
 Enters: the inputs of training batches. Leaves: generated inputs in the form of the user's batches,
 and the gradients of a training term on them.
 
-- ``vae.py``: the VAE and its loss; its parts are in ``networks.py``, ``likelihoods.py`` and
+- ``vae.py``: the VAE and its loss, of linear layers; ``conv_vae.py``: of convolutions; their parts
+  are in ``networks.py``, ``conv_networks.py``, ``conditional.py``, ``likelihoods.py`` and
   ``input_range.py``
+- ``choosing.py``: which generated inputs are worth injecting
 - ``fitting.py``: training a generator beside the model, drawing from it
 - ``mixing.py``: generated inputs as a batch with labels; the distillation loss
-- ``teacher.py``: the dense weights, and what they answer
 - ``injection.py``: batches for a scoring pass, gradients for a training step
-- ``isolation.py``: random numbers of our own, borrowed models given back as they were
 - ``pictures.py``: a grid of samples
 """
 
 from __future__ import annotations
 
+from lightning_prune.augment.conv_vae import ConvVAE
 from lightning_prune.augment.fitting import Generator, GeneratorError, GeneratorFitter
 from lightning_prune.augment.mixing import Distillation
 from lightning_prune.augment.vae import VAE, DenseVAE
 
-__all__ = ["VAE", "DenseVAE", "Distillation", "Generator", "GeneratorError", "GeneratorFitter"]
+__all__ = [
+    "VAE",
+    "ConvVAE",
+    "DenseVAE",
+    "Distillation",
+    "Generator",
+    "GeneratorError",
+    "GeneratorFitter",
+]

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_prune._masks import mask_faults
 from lightning_prune._types import Masks
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a step
@@ -238,16 +239,7 @@ def zero_removed(parameters: Mapping[str, Tensor], masks: Masks) -> None:
 
 
 def _check_fit(masks: Masks, parameters: Mapping[str, Tensor]) -> None:
-    faults = []
-    for name, mask in masks.items():
-        if name not in parameters:
-            faults.append(f"{name!r}: expected a parameter of that name, but there is none")
-        elif mask.shape != parameters[name].shape:
-            faults.append(
-                f"{name!r}: expected a parameter of shape {tuple(mask.shape)}, but got "
-                f"{tuple(parameters[name].shape)}"
-            )
-    if faults:
+    if faults := mask_faults(masks, parameters):
         raise ValueError("\n- ".join(["The masks belong to another model:", *faults]))
 
 

@@ -8,36 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
+from lightning_prune._masks import mask_faults
 from lightning_prune._targets import count_faults, is_number, raise_faults
 from lightning_prune._types import Forward, Masks, Scores
-from lightning_prune.masking import count_removed, find_prunable, zero_removed
-from lightning_prune.offline.generated import (
-    Sampler,
-    Trial,
-    chosen_batches,
-    generated_batches,
-    group_divergences,
-)
+from lightning_prune.masking import count_removed, find_prunable
+from lightning_prune.offline.descent import Descent, Scoring
+from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
 from lightning_prune.passes.batches import default_forward
-from lightning_prune.passes.teacher import Teacher
-from lightning_prune.refit import (
-    Calibration,
-    Refit,
-    hold_out,
-    obs_prices,
-    refit_method,
-    refit_survivors,
-)
-from lightning_prune.saliency import Likelihood, Target, squared_gradients
+from lightning_prune.refit import Refit, refit_method
+from lightning_prune.saliency import Likelihood, Target
 from lightning_prune.selection import Criterion, Selection, resolve_criterion
-from lightning_prune.selection.ranking import complete_masks
 
 
 def prune(  # noqa: PLR0913  (options of users, given by name)
@@ -99,8 +84,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         Parameter name -> bool tensor, ``True`` = kept.
 
     Raises:
-        ValueError: Arguments that cannot be used, all in one message; no batches; a layer that
-            ``criterion="obs"`` has no price for.
+        ValueError: Arguments that cannot be used; no batches; a layer that ``criterion="obs"`` has
+            no price for.
         NonFiniteScoresError: A score is not finite.
 
     Warns about parameters that no stage's refit could correct, and says why.
@@ -126,9 +111,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     if not real:
         raise ValueError("Expected at least one batch to prune by but `batches` was empty.")
     forward = default_forward if forward is None else forward
-    descent = _Descent(
-        model, chosen, ranking, selection, method, target, likelihood, tolerance, forward
-    )
+    scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, forward)
+    descent = Descent(scoring, selection, method)
     extra: list[Any] = []
     if generator is not None:
         draw = partial(
@@ -158,115 +142,6 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     return masks
 
 
-@dataclass(frozen=True)
-class _Descent:
-    """A model on its way down from its dense self; a call is one way down, in stages."""
-
-    model: nn.Module
-    parameters: Mapping[str, Tensor]
-    ranking: Criterion
-    selection: Selection
-    method: Refit | None
-    target: Target
-    likelihood: Likelihood
-    tolerance: float
-    forward: Forward
-
-    def __call__(
-        self, path: list[float], masks: Masks | None, real: list[Any], extra: list[Any]
-    ) -> tuple[Masks, list[str], dict[str, str]]:
-        """Prune along a path; return the masks, what the guard spared, and what no refit corrected.
-
-        If anything goes wrong the model is what it was.
-        """
-        fit, held_out = hold_out(real)
-        dense = Teacher.of(self.model)
-        calibration = Calibration(dense, [*fit, *extra], held_out, self.forward, self.likelihood)
-        scoring = _Scoring(
-            self.model,
-            self.parameters,
-            [*real, *extra],
-            self.ranking,
-            self.target,
-            self.likelihood,
-            self.tolerance,
-            self.forward,
-        )
-        masks = complete_masks(dict(self.parameters), masks)
-        corrected, left, guarded = set[str](), dict[str, str](), list[str]()
-        try:
-            for share in path:
-                scores, saliency = scoring(masks)
-                selected = self.selection(scores, share, masks=masks, saliency=saliency)
-                masks, guarded = selected.masks, selected.guarded
-                zero_removed(self.parameters, masks)
-                if self.method is not None and count_removed(masks)[0]:
-                    report = refit_survivors(self.model, masks, calibration, self.method)
-                    corrected.update(report.refitted)
-                    left = report.left
-        except BaseException:
-            dense.restore(self.model)
-            raise
-        return masks, guarded, {n: why for n, why in left.items() if n not in corrected}
-
-    def trial(self, path: list[float], masks: Masks | None) -> Trial:
-        """Return a way down that is taken back: batches -> how far it leads from the dense model.
-
-        That is (real, generated, unseen) -> the divergence on each group of unseen samples, nats.
-        """
-
-        def measured(real: list[Any], extra: list[Any], unseen: list[Any]) -> Tensor:
-            dense = Teacher.of(self.model)
-            self(path, masks, real, extra)
-            try:
-                calibration = Calibration(dense, [], unseen, self.forward, self.likelihood)
-                return group_divergences(self.model, calibration)
-            finally:
-                dense.restore(self.model)
-
-        return measured
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """The ranking of a network as it is at a stage."""
-
-    model: nn.Module
-    parameters: Mapping[str, Tensor]
-    batches: list[Any]
-    ranking: Criterion
-    target: Target
-    likelihood: Likelihood
-    tolerance: float
-    forward: Forward
-
-    def __call__(self, masks: Masks) -> tuple[Scores, Scores | None]:
-        """Return the scores of all weights, and R where the ranking needs it."""
-        names = list(self.parameters)
-        if self.ranking.needs_scores:
-            saliency = squared_gradients(
-                self.model,
-                self.batches,
-                target=self.target,
-                likelihood=self.likelihood,
-                tolerance=self.tolerance,
-                forward=self.forward,
-                parameters=names,
-            )
-            return self.ranking(saliency, self.parameters), saliency
-        prices: Scores = {}
-        if self.ranking.needs_prices:
-            prices = obs_prices(
-                self.model,
-                masks,
-                names,
-                self.batches,
-                forward=self.forward,
-                likelihood=self.likelihood,
-            )
-        return self.ranking(prices, self.parameters), None
-
-
 def _path(
     sparsity: Any, stages: Any, parameters: Mapping[str, Tensor], masks: Masks
 ) -> list[float]:
@@ -278,7 +153,7 @@ def _path(
     faults = count_faults(stages=stages)
     if not is_number(sparsity) or not 0 <= sparsity < 1:
         faults.append(f"sparsity: expected a share in [0, 1), but got {sparsity!r}")
-    faults += _mask_faults(masks, parameters)
+    faults += mask_faults(masks, parameters)
     raise_faults(faults, "The arguments")
     removed, _ = count_removed(masks)
     total = sum(parameter.numel() for parameter in parameters.values())
@@ -293,19 +168,6 @@ def _path(
     left = (1 - goal) / (1 - before) if before < 1 else 1.0
     path = [1 - (1 - before) * left ** (k / stages) for k in range(1, stages)]
     return [*path, goal]
-
-
-def _mask_faults(masks: Masks, parameters: Mapping[str, Tensor]) -> list[str]:
-    faults = []
-    for name, mask in masks.items():
-        if name not in parameters:
-            faults.append(f"masks[{name!r}]: expected a mask of a parameter that is pruned here")
-        elif mask.dtype != torch.bool or mask.shape != parameters[name].shape:
-            faults.append(
-                f"masks[{name!r}]: expected a bool tensor of shape "
-                f"{tuple(parameters[name].shape)}, but got {mask.dtype} {tuple(mask.shape)}"
-            )
-    return faults
 
 
 def _check(

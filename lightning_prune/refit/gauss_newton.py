@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._masks import mask_faults
 from lightning_prune._targets import count_faults, raise_faults
 from lightning_prune._types import Masks
 from lightning_prune.refit.borrowing import borrowed
@@ -21,7 +22,7 @@ from lightning_prune.refit.conjugate_gradient import conjugate_gradient
 from lightning_prune.refit.linearisation import NotDifferentiableError, Objective
 from lightning_prune.refit.merging import AT_MOST, first_samples
 from lightning_prune.refit.report import RefitReport
-from lightning_prune.refit.survivors import Survivors, mask_faults
+from lightning_prune.refit.survivors import Survivors
 
 DAMPING = 0.1
 """Damping of the first step, as a multiple of the Gauss-Newton matrix's mean diagonal."""
@@ -209,8 +210,5 @@ def _check(
     faults += count_faults(steps=steps, products=products, samples=samples)
     if not 0 < temperature < math.inf:
         faults.append(f"temperature: expected a number > 0, but got {temperature!r}")
-    if not calibration.batches:
-        faults.append("calibration.batches: expected at least one batch, but got none")
-    if not calibration.dense.fits(model):
-        faults.append("calibration.dense: expected the weights of this model, but got another's")
-    raise_faults(faults, "The refit")
+    faults += calibration.faults(model)
+    raise_faults(faults, "The refit's arguments")

@@ -7,7 +7,7 @@ what the already corrected layers before it feed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._masks import mask_faults
+from lightning_prune._targets import raise_faults
 from lightning_prune._types import Masks
 from lightning_prune.passes.batches import outside_inference_mode
 from lightning_prune.refit.borrowing import borrowed
@@ -80,7 +82,8 @@ def refit_layers(
         tensor([[2., 0.]])
     """
     check_ridge(ridge)
-    check_masks(model, masks, calibration)
+    faults = mask_faults(masks, dict(model.named_parameters())) + calibration.faults(model)
+    raise_faults(faults, "The refit's arguments")
     report = RefitReport()
     with borrowed(model), _all_or_nothing(model, masks):
         fit = [outside_inference_mode(batch) for batch in calibration.batches]
@@ -100,26 +103,6 @@ def refit_layers(
                 elif name in masks:
                     report.left[name] = reason or ""
     return report
-
-
-def check_masks(model: nn.Module, masks: Mapping[str, Tensor], calibration: Calibration) -> None:
-    """Raise one ``ValueError`` with everything that masks and samples lack."""
-    parameters = dict(model.named_parameters())
-    faults = []
-    for name, mask in masks.items():
-        if name not in parameters:
-            faults.append(f"masks[{name!r}]: the model has no parameter of this name")
-        elif mask.dtype != torch.bool or mask.shape != parameters[name].shape:
-            faults.append(
-                f"masks[{name!r}]: expected a bool tensor of shape "
-                f"{tuple(parameters[name].shape)}, but got {mask.dtype} {tuple(mask.shape)}"
-            )
-    if not calibration.batches:
-        faults.append("calibration.batches: expected at least one batch, but got none")
-    if not calibration.dense.fits(model):
-        faults.append("calibration.dense: expected the weights of this model, but got another's")
-    if faults:
-        raise ValueError("\n- ".join(["The model cannot be refitted:", *faults]))
 
 
 def _moments(

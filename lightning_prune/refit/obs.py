@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._masks import mask_faults
+from lightning_prune._targets import raise_faults
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.batches import batch_size, default_forward, outside_inference_mode
@@ -88,7 +90,9 @@ def obs_prices(
     if not batches:
         raise ValueError("Expected argument `batches` to hold at least one batch, but got none.")
     names = list(names)
-    _check_names(model, names, masks)
+    present = dict(model.named_parameters())
+    faults = [f"{n!r}: the model has no parameter of this name" for n in names if n not in present]
+    raise_faults([*faults, *mask_faults(masks, present)], "The weights to price or their masks")
     with torch.inference_mode(False):
         batches = [outside_inference_mode(batch) for batch in batches]
     with borrowed(model):
@@ -104,23 +108,6 @@ def obs_prices(
             keep = masks.get(layer.name, torch.ones_like(layer.weight, dtype=torch.bool))
             prices[layer.name] = _price(layer, gram, keep, saliency[layer.name] / samples, ridge)
     return {name: prices[name] for name in names}
-
-
-def _check_names(model: nn.Module, names: list[str], masks: Masks) -> None:
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    faults = [
-        f"{name!r}: the model has no parameter of this name" for name in names if name not in shapes
-    ]
-    faults += [
-        f"masks[{name!r}]: expected a bool tensor of shape {tuple(shapes[name])}, but got "
-        f"{masks[name].dtype} {tuple(masks[name].shape)}"
-        for name in names
-        if name in shapes
-        and name in masks
-        and (masks[name].dtype != torch.bool or masks[name].shape != shapes[name])
-    ]
-    if faults:
-        raise ValueError("\n- ".join(["Expected weights of the model and their masks:", *faults]))
 
 
 def _raise_left(left: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ class Survivors:
     Args:
         model: The masked model. A parameter that is tied, or belongs to a module that is called
             twice, counts once.
-        masks: ``True`` = kept, by ``named_parameters()`` name; see :func:`mask_faults`.
+        masks: ``True`` = kept, by ``named_parameters()`` name.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -85,22 +85,3 @@ def _biases(model: nn.Module, masks: Masks, parameters: Mapping[str, Tensor]) ->
         if any(name in masks for name in own.values()):
             found.update(dict.fromkeys(n for k, n in own.items() if "bias" in k and n not in masks))
     return list(found)
-
-
-def mask_faults(masks: Masks, parameters: Mapping[str, Tensor]) -> list[str]:
-    """List the masks that fit no parameter.
-
-    Example:
-        >>> mask_faults({"w": torch.ones(2, dtype=torch.bool)}, {"weight": torch.ones(2)})
-        ["masks['w']: the model has no parameter of this name"]
-    """
-    faults = []
-    for name, mask in masks.items():
-        if name not in parameters:
-            faults.append(f"masks[{name!r}]: the model has no parameter of this name")
-        elif mask.dtype != torch.bool or mask.shape != parameters[name].shape:
-            faults.append(
-                f"masks[{name!r}]: expected a bool tensor of shape "
-                f"{tuple(parameters[name].shape)}, but got {mask.dtype} {tuple(mask.shape)}"
-            )
-    return faults
