@@ -170,7 +170,10 @@ def _process(rank: int, folder: str) -> None:
 
 
 def test_a_short_trial_runs() -> None:
-    fit(*recipes.best(0.9, EPOCHS, distill=True), fast_dev_run=True)
+    pruner, *others = recipes.best(0.9, EPOCHS, distill=True)
+    model = fit(pruner, *others, fast_dev_run=True)
+    assert model.steps == 1
+    assert pruner.sparsity == pytest.approx(1 - 0.1 ** (1 / 4), abs=1e-3)  # the first of 4 stages
 
 
 def test_arguments_out_of_range_are_named_together() -> None:
