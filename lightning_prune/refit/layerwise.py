@@ -24,7 +24,7 @@ from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.columns import as_rows
 from lightning_prune.refit.gram import Moments
 from lightning_prune.refit.layers import Layer, calls_of, find_layers
-from lightning_prune.refit.least_squares import check_ridge, ridged, solve_rows
+from lightning_prune.refit.least_squares import check_ridge, ridge_for, ridged, solve_rows
 from lightning_prune.refit.report import RefitReport
 
 ROUND_OFF = 1e-12
@@ -32,7 +32,7 @@ ROUND_OFF = 1e-12
 
 
 def refit_layers(
-    model: nn.Module, masks: Masks, calibration: Calibration, *, ridge: float = 1e-3
+    model: nn.Module, masks: Masks, calibration: Calibration, *, ridge: float | None = None
 ) -> RefitReport:
     """Refit surviving weights to the dense network's pre-activations, in place; say what was done.
 
@@ -51,7 +51,8 @@ def refit_layers(
             were. Frozen weights are corrected too.
         masks: Full name -> bool tensor shaped like the parameter, True = kept; already applied.
         calibration: The dense weights and the samples. Labels are not used.
-        ridge: Pull towards the present values, relative to the inputs' mean square; > 0.
+        ridge: Pull towards the present values, relative to the inputs' mean square; > 0. ``None``
+            is 1e-3, and more where a layer has seen fewer than 3,000 inputs: 3 by their number.
 
     Returns:
         The refitted parameters, and why the others were left: shared by several modules, used
@@ -138,7 +139,7 @@ def _rows(layer: Layer) -> Tensor:
 
 
 def _refit(
-    layer: Layer, keep: Tensor, found: Moments, checked: Moments, ridge: float
+    layer: Layer, keep: Tensor, found: Moments, checked: Moments, ridge: float | None
 ) -> str | None:
     """Solve one layer; write the solution and return ``None``, or return why not."""
     if not bool(keep.any()):
@@ -148,6 +149,7 @@ def _refit(
         return "its layer's inputs or the dense layer's outputs are not finite"
     now, keep = _rows(layer), keep.to(gram.device)
     before = now.to(gram)
+    ridge = ridge_for(found.positions) if ridge is None else ridge
     try:
         solved = torch.stack(
             [

@@ -5,6 +5,7 @@ Enters: a model, masks, batches. Leaves: a price for each weight of linear layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.columns import as_rows
 from lightning_prune.refit.gram import Moments
 from lightning_prune.refit.layers import Layer, calls_of, find_layers
-from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridged
+from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridge_for, ridged
 from lightning_prune.refit.output_saliency import output_saliency
 
 
@@ -34,7 +35,8 @@ def obs_prices(
     *,
     forward: Forward = default_forward,
     likelihood: Likelihood = "categorical",
-    ridge: float = 1e-3,
+    temperature: float | None = None,
+    ridge: float | None = None,
 ) -> Scores:
     """Return the second-order price of each weight.
 
@@ -47,10 +49,11 @@ def obs_prices(
 
         s_r = sum over samples and classes of (dP_y / dz_r)^2
 
-    and N the number of samples: to second order, and with inputs and output gradients taken as
-    independent, the sum over samples of the squared change of the probabilities. So prices compare
-    across rows and layers. For convolutions s_r is summed over positions and divided by their
-    number, which takes positions as independent too (the Kronecker factors of Grosse and Martens).
+    of P = softmax(logits / temperature), and N the number of samples: to second order, and with
+    inputs and output gradients taken as independent, the sum over samples of the squared change of
+    the probabilities. So prices compare across rows and layers. For convolutions s_r is summed over
+    positions and divided by their number, which takes positions as independent too (the Kronecker
+    factors of Grosse and Martens).
 
     Args:
         model: The network as it is now; its mode, gradients, hooks and random numbers are left as
@@ -61,7 +64,13 @@ def obs_prices(
         forward: ``forward(model, batch) -> logits``.
         likelihood: How the logits are read: ``"categorical"`` (softmax over axis 1; of more than 64
             classes the 64 likeliest of a batch), ``"bernoulli"``, ``"gaussian"``.
-        ridge: Keeps inputs that are 0 in every sample or repeat one another solvable; > 0.
+        temperature: Softens the probabilities, > 0. At 1 a confident network's probabilities hardly
+            move for any small change, and the samples that it wavers on price all weights. Of 50
+            digits these are too few: pruned to 90 % a network had 69 % right at 1, and 91 % at 4;
+            with 3,600 there was no such difference. Hence ``None``: about 4 for a few samples,
+            falling evenly to 1 at 3,000. No meaning for ``"gaussian"``.
+        ridge: Keeps inputs that are 0 in every sample or repeat one another solvable; > 0. ``None``
+            is 1e-3, and more where a layer has seen fewer than 3,000 inputs: 3 by their number.
 
     Returns:
         Name -> prices shaped like the weight, in probability^2, float32 or the weight's float64; 0
@@ -69,7 +78,8 @@ def obs_prices(
 
     Raises:
         ValueError: A name is not the weight of a linear layer or convolution whose output is its
-            columns times its weight, ``ridge`` is no positive number or there are no batches.
+            columns times its weight, ``ridge`` or ``temperature`` is no positive number, or there
+            are no batches.
         NonFiniteScoresError: Logits, inputs or prices are not finite.
 
     Cost: one forward pass and one backward pass a class, one forward pass a layer up to that layer,
@@ -87,26 +97,30 @@ def obs_prices(
         tensor([[9., 1.]])
     """
     check_ridge(ridge)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"Expected argument `temperature` to be > 0, but got {temperature!r}.")
     if not batches:
         raise ValueError("Expected argument `batches` to hold at least one batch, but got none.")
     names = list(names)
     present = dict(model.named_parameters())
     faults = [f"{n!r}: the model has no parameter of this name" for n in names if n not in present]
     raise_faults([*faults, *mask_faults(masks, present)], "The weights to price or their masks")
+    samples = sum(batch_size(batch) for batch in batches)
+    if temperature is None:
+        temperature = max(1.0, 4.0 - samples / 1000)
     with torch.inference_mode(False):
         batches = [outside_inference_mode(batch) for batch in batches]
     with borrowed(model):
         layers, left = find_layers(model, names, partial(forward, model, batches[0]))
     _raise_left(left)
     with borrowed(model, derivatives=1):
-        saliency = output_saliency(model, layers, batches, forward, likelihood)
-    samples = sum(batch_size(batch) for batch in batches)
+        saliency = output_saliency(model, layers, batches, forward, likelihood, temperature)
     prices: Scores = {}
     with borrowed(model):
         for layer in layers:
-            gram = _gram(model, layer, batches, forward)
+            moments = _moments(model, layer, batches, forward)
             keep = masks.get(layer.name, torch.ones_like(layer.weight, dtype=torch.bool))
-            prices[layer.name] = _price(layer, gram, keep, saliency[layer.name] / samples, ridge)
+            prices[layer.name] = _price(layer, moments, keep, saliency[layer.name] / samples, ridge)
     return {name: prices[name] for name in names}
 
 
@@ -124,16 +138,20 @@ def _raise_left(left: dict[str, str]) -> None:
         )
 
 
-def _gram(model: nn.Module, layer: Layer, batches: list[Any], forward: Forward) -> Tensor:
+def _moments(model: nn.Module, layer: Layer, batches: list[Any], forward: Forward) -> Moments:
     moments = Moments.empty(layer, bias=False)
     for index, batch in enumerate(batches):
         for inputs, _ in calls_of(layer, partial(forward, model, batch), index):
             moments.add(layer.module, inputs)
-    return moments.gram
+    return moments
 
 
-def _price(layer: Layer, gram: Tensor, keep: Tensor, saliency: Tensor, ridge: float) -> Tensor:
+def _price(
+    layer: Layer, moments: Moments, keep: Tensor, saliency: Tensor, ridge: float | None
+) -> Tensor:
     """Return the prices of one layer; ``saliency`` is that of its rows (D_out), a sample."""
+    gram = moments.gram
+    ridge = ridge_for(moments.positions) if ridge is None else ridge
     w = as_rows(layer.module, layer.weight.detach()).to(gram)
     kept = as_rows(layer.module, keep.to(gram.device))
     s = as_rows(layer.module, saliency.to(gram))

@@ -33,6 +33,7 @@ def output_saliency(
     batches: Sequence[Any],
     forward: Forward,
     likelihood: Likelihood,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return the output saliency of each row of each layer.
 
@@ -46,6 +47,7 @@ def output_saliency(
         batches: Samples, in the form that ``forward`` reads.
         forward: ``forward(model, batch) -> logits``.
         likelihood: How the logits are read.
+        temperature: Softens the probabilities; no meaning for ``"gaussian"``.
 
     Returns:
         Name of the layer's weight -> (D_out,) float64, in probability^2 per pre-activation^2.
@@ -61,7 +63,7 @@ def output_saliency(
         samples += batch_size(batch)
         logits, edges = _forward(model, layers, partial(forward, model, batch), index)
         owners = [layer for layer, _ in edges]
-        directions = list(_directions(logits, likelihood, index))
+        directions = list(_directions(logits, likelihood, temperature, index))
         for i, direction in enumerate(directions):
             found = torch.autograd.grad(
                 direction,
@@ -118,7 +120,9 @@ def _by_row(layer: Layer, gradient: Tensor) -> Tensor:
     return gradient.reshape(-1, gradient.shape[-1])
 
 
-def _directions(logits: Tensor, likelihood: Likelihood, index: int) -> Iterator[Tensor]:
+def _directions(
+    logits: Tensor, likelihood: Likelihood, temperature: float, index: int
+) -> Iterator[Tensor]:
     """Yield scalars whose squared gradients, sample by sample, add up to the sum over classes.
 
     Samples do not touch one another, so the gradient of a sum over them holds each one's own. What
@@ -126,6 +130,7 @@ def _directions(logits: Tensor, likelihood: Likelihood, index: int) -> Iterator[
     signs: the cross terms then vanish on average.
     """
     z = logits.double() if logits.device.type != "mps" else logits
+    z = z if likelihood == "gaussian" else z / temperature
     generator = torch.Generator().manual_seed(derived_seed("output saliency", index))
     if likelihood == "categorical":
         if z.ndim < 2:

@@ -113,7 +113,7 @@ def columns_of(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def slow_refit(
-    model: nn.Sequential, dense: nn.Sequential, masks: Masks, x: Tensor, ridge: float = 1e-3
+    model: nn.Sequential, dense: nn.Sequential, masks: Masks, x: Tensor, ridge: float | None = None
 ) -> None:
     """Refit the plain way: layer after layer, group after group, row after row, by lstsq."""
     for i, module in enumerate(model):
@@ -125,7 +125,8 @@ def slow_refit(
         groups = getattr(module, "groups", 1)
         for g, part in enumerate(inputs.chunk(groups, 1)):
             a = columns_of(module, part).double()
-            pull = ridge * float((a.T @ a).diagonal().mean())
+            share = max(1e-3, 3 / len(a)) if ridge is None else ridge
+            pull = share * float((a.T @ a).diagonal().mean())
             for r in torch.arange(len(mask)).chunk(groups)[g].tolist():
                 keep = mask[r].flatten()
                 now = module.weight.data[r].flatten().double()
