@@ -27,7 +27,7 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,17 +208,17 @@ ORDER: tuple[tuple[int, tuple[str, ...]], ...] = (
 """The most telling first."""
 
 
-def cases(seeds: int) -> Iterator[Case]:
+def cases(seeds: int, refits: Iterable[str]) -> Iterator[Case]:
     """Yield the work in the order in which it is worth most if stopped."""
-    for refit, (real, arms), seed in itertools.product(REFITS, ORDER, range(seeds)):
+    for refit, (real, arms), seed in itertools.product(refits, ORDER, range(seeds)):
         for arm, share in itertools.product(arms, SPARSITIES):
             yield Case(real, refit, arm, share, seed)
 
 
-def run(seeds: int, arms: list[str], path: Path) -> None:
+def run(seeds: int, arms: list[str], refits: list[str], path: Path) -> None:
     """Measure what is missing on the test part."""
     made: dict[tuple[str, int, int], tuple[Any, float]] = {}
-    for case in cases(seeds):
+    for case in cases(seeds, refits):
         if case.arm not in arms or key(case.row) in read_rows(path):
             continue
         dense = subjects.dense(NETWORK, case.seed, RESULTS / ".cache")
@@ -304,6 +304,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=DRAWS, help="how many draws, from 0")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--refits", nargs="+", default=list(REFITS), choices=REFITS)
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--report", action="store_true")
@@ -327,7 +328,7 @@ def main() -> None:
         )
         return
     if not options.report:
-        run(options.seeds, options.arms, options.out)
+        run(options.seeds, options.arms, options.refits, options.out)
     print(report(options.out))
 
 

@@ -15,6 +15,7 @@ The way of the data, room by room:
 from lightning_prune.callbacks import (
     BatchNormStatistics,
     DistillationCallback,
+    GeneratorTraining,
     LearningRateDecay,
     Rewind,
     SaliencyPruningCallback,
@@ -44,6 +45,7 @@ __all__ = [
     "DistillationCallback",
     "EpochSchedule",
     "ExponentialSchedule",
+    "GeneratorTraining",
     "LearningRateDecay",
     "LinearSchedule",
     "OneShotSchedule",

@@ -8,6 +8,7 @@ indices into the pool; or new inputs made from pairs of real ones. Everything ra
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -22,7 +23,10 @@ is far from those before."""
 
 
 class Interpolator(Protocol):
-    """What can make inputs from pairs of real ones, such as a VAE."""
+    """What can make inputs from pairs of real ones, such as a VAE.
+
+    A conditional one takes the pairs' classes (N,) as a fourth argument.
+    """
 
     def interpolate(self, x: Tensor, other: Tensor, t: Tensor, /) -> Tensor:
         """Return inputs (N, *shape) between ``x`` (at t = 0) and ``other`` (at 1), for t (N,)."""
@@ -193,7 +197,13 @@ def farthest_points(points: Tensor, n: int) -> Tensor:
     return chosen
 
 
-def reconstructions(vae: Interpolator, real: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def reconstructions(
+    vae: Interpolator,
+    real: Tensor,
+    n: int,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Return what the VAE makes of n real inputs: each as often as any other, in random order.
 
     Each real input has one reconstruction, so more than there are real inputs brings repeats.
@@ -203,29 +213,69 @@ def reconstructions(vae: Interpolator, real: Tensor, n: int, generator: torch.Ge
         real: Real inputs (N, *shape).
         n: How many.
         generator: On the CPU; of the order.
+        labels: The classes (N,) of the real inputs, for a conditional VAE.
+
+    Returns:
+        Inputs (n, *shape), and their classes (n,) if ``labels`` are given.
 
     Raises:
         ValueError: There are no real inputs.
     """
-    picked = real[_repeated(len(real), n, generator).to(real.device)]
-    return vae.interpolate(picked, picked, torch.zeros(n, device=real.device))
+    rows = _repeated(len(real), n, generator)
+    return _between(vae, real, (rows, rows), torch.zeros(n), labels)
 
 
-def interpolations(vae: Interpolator, real: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def interpolations(
+    vae: Interpolator,
+    real: Tensor,
+    n: int,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Return n inputs on the lines between random pairs of real ones, at a uniform place.
 
     Args:
         vae: What interpolates.
-        real: Real inputs (N, *shape); each is an end as often as any other.
+        real: Real inputs (N, *shape); each is the start of a line as often as any other.
         n: How many.
         generator: On the CPU; of pairs and places.
+        labels: The classes (N,) of the real inputs, for a conditional VAE: pairs are then of one
+            class, so that what lies between them has one too.
+
+    Returns:
+        Inputs (n, *shape), and their classes (n,) if ``labels`` are given.
 
     Raises:
         ValueError: There are no real inputs.
     """
-    first, second = (_repeated(len(real), n, generator).to(real.device) for _ in range(2))
-    t = torch.rand(n, generator=generator).to(real.device)
-    return vae.interpolate(real[first], real[second], t)
+    first = _repeated(len(real), n, generator)
+    if labels is None:
+        second = _repeated(len(real), n, generator)
+    else:
+        second = _partners(first, labels.detach().cpu(), generator)
+    return _between(vae, real, (first, second), torch.rand(n, generator=generator), labels)
+
+
+def _between(
+    vae: Interpolator,
+    real: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    t: Tensor,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    first, second = (rows.to(real.device) for rows in pairs)
+    ends = real[first], real[second]
+    if labels is None:
+        return vae.interpolate(*ends, t.to(real.device)), None
+    classes = labels[first.to(labels.device)]
+    conditional: Callable[..., Tensor] = vae.interpolate
+    return conditional(*ends, t.to(real.device), classes), classes
+
+
+def _partners(first: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return for each row another of its class, drawn at random (itself, if it is the only one)."""
+    same = (labels[first][:, None] == labels[None, :]).float()
+    return torch.multinomial(same, 1, generator=generator)[:, 0] if len(first) else first
 
 
 def _repeated(size: int, n: int, generator: torch.Generator) -> Tensor:

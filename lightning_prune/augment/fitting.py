@@ -10,29 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.augment.conv_vae import ConvVAE, recipe_of, vae_from
+from lightning_prune.augment.feature_encoder import use_features
+from lightning_prune.augment.protocol import (
+    Generator,
+    GeneratorError,
+    Samples,
+    checked_labels,
+    checked_loss,
+    checked_sample,
+    require_generator,
+)
 from lightning_prune.augment.vae import VAE, DenseVAE
 from lightning_prune.passes.isolation import evaluating, own_randomness
 
-
-class GeneratorError(RuntimeError):
-    """A generator's loss or samples are not what the protocol asks for; the message says which."""
-
-
-@runtime_checkable
-class Generator(Protocol):
-    """What makes a module a generator: ``loss(x) -> scalar`` and ``sample(n) -> (n, *shape)``."""
-
-    def loss(self, x: Tensor) -> Tensor:
-        """Return what the generator's training minimises on a batch."""
-
-    def sample(self, n: int) -> Tensor:
-        """Return ``n`` new inputs."""
+__all__ = [
+    "Generator",
+    "GeneratorError",
+    "GeneratorFitter",
+    "Samples",
+    "all_finite",
+    "average_in_place",
+    "build_vae",
+    "require_generator",
+]
 
 
 class GeneratorFitter:
@@ -45,6 +51,8 @@ class GeneratorFitter:
         device: Where the generator lives.
         learning_rate: Of Adam.
         seed: What all random numbers follow from.
+        autocast: Half precision of the training step's forward pass; None for the generator's own
+            precision, whatever that of the model beside it.
     """
 
     def __init__(
@@ -56,8 +64,10 @@ class GeneratorFitter:
         *,
         learning_rate: float,
         seed: int,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.vae = vae.to(device)
+        self.autocast = autocast
         self.shape, self.dtype, self.device, self.seed = shape, dtype, device, seed
         self.parameters = [p for p in vae.parameters() if p.requires_grad]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
@@ -73,13 +83,24 @@ class GeneratorFitter:
         """Training steps taken; infinite for a generator that has nothing to train."""
         return self.batches - self.skipped if self.parameters else float("inf")
 
+    @property
+    def classes(self) -> int | None:
+        """K of a conditional VAE of ours; None for any other generator."""
+        return self.vae.classes if isinstance(self.vae, VAE) else None
+
     def step(
-        self, x: Tensor, *, rank: int = 0, average: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        rank: int = 0,
+        average: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Take one training step on a batch (N, *shape).
 
         Args:
             x: The inputs; any device's or mode's tensor, never written to.
+            y: Labels (N,), for a conditional VAE; others never see them.
             rank: This process's number: processes draw different noise.
             average: The mean of a tensor over processes, keeping their generators the same.
 
@@ -90,13 +111,13 @@ class GeneratorFitter:
 
         Raises:
             GeneratorError: If ``loss`` returns no scalar or does not depend on the parameters.
+            ValueError: A conditional VAE got no labels, or such that are no class indices.
         """
         self.batches += 1
         if self.optimizer is None:
             return {}
         with self._isolated("fit", self.batches, rank), torch.enable_grad():
-            x = x.detach()
-            terms = self._terms(x.clone() if x.is_inference() else x)
+            terms = self._terms(_ordinary(x), None if y is None else _ordinary(y))
             gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 terms["loss"], self.parameters, allow_unused=True
             )
@@ -128,10 +149,35 @@ class GeneratorFitter:
             GeneratorError: If ``sample`` returns no tensor, the wrong shape, a kind of dtype other
                 than the inputs', or NaN or infinity.
         """
+        return self.draw_labelled(n, purpose, rank=rank, index=index).inputs
+
+    def draw_labelled(
+        self, n: int, purpose: str, *, rank: int = 0, index: int | None = None
+    ) -> Samples:
+        """Return ``n`` checked samples, and from a conditional VAE of ours their classes.
+
+        Args and errors are those of :meth:`draw`, whose samples are the same.
+        """
         if index is None:
             index = self.draws[purpose] = self.draws.get(purpose, 0) + 1
+        name, labels = type(self.vae).__name__, None
         with self._isolated(purpose, index, rank), torch.no_grad(), evaluating(self.vae):
-            return self._checked(self.vae.sample(n), n)  # type: ignore[operator]
+            if isinstance(self.vae, VAE) and self.vae.classes is not None:
+                sample, labels = self.vae.sample_labelled(n)
+                labels = checked_labels(
+                    labels, n, self.vae.classes, self.device, call=f"{name}.sample_labelled({n})"
+                )
+            else:
+                sample = self.vae.sample(n)  # type: ignore[operator]
+            inputs = checked_sample(
+                sample,
+                (n, *self.shape),
+                self.dtype,
+                self.device,
+                call=f"{name}.sample({n})",
+                trained=self.trained,
+            )
+        return Samples(inputs, labels)
 
     def accepts(self, x: Tensor) -> bool:
         """Whether a batch has the shape and the kind of dtype the generator was made for."""
@@ -161,7 +207,13 @@ class GeneratorFitter:
 
     @classmethod
     def from_state(
-        cls, state: dict[str, Any], vae: nn.Module | None, *, learning_rate: float, seed: int
+        cls,
+        state: dict[str, Any],
+        vae: nn.Module | None,
+        *,
+        learning_rate: float,
+        seed: int,
+        autocast: torch.dtype | None = None,
     ) -> GeneratorFitter:
         """Return a fitter, on the CPU, that continues from the state of another.
 
@@ -170,6 +222,7 @@ class GeneratorFitter:
             vae: The generator the state belongs to; None builds our own again.
             learning_rate: Of Adam, unless the state has one.
             seed: The same as before, or the run will differ.
+            autocast: As before.
 
         Raises:
             ValueError: If the state is that of another generator.
@@ -189,6 +242,7 @@ class GeneratorFitter:
             torch.device("cpu"),
             learning_rate=learning_rate,
             seed=seed,
+            autocast=autocast,
         )
         fitter._load(state)
         return fitter
@@ -196,7 +250,7 @@ class GeneratorFitter:
     def _load(self, state: dict[str, Any]) -> None:
         try:
             self.vae.load_state_dict(state["vae"])
-            if self.optimizer is not None:
+            if self.optimizer is not None and state["optimizer"] is not None:
                 # Adam keeps the tensors it is given, and they may be another optimizer's.
                 self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -216,60 +270,37 @@ class GeneratorFitter:
         ):
             yield
 
-    def _terms(self, x: Tensor) -> dict[str, Tensor]:
-        if isinstance(self.vae, VAE):
-            return self.vae.terms(x)._asdict()
-        loss = self.vae.loss(x)  # type: ignore[operator]
-        name = type(self.vae).__name__
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise GeneratorError(
-                f"Expected {name}.loss(x) to return a scalar tensor, but got {found}. Reduce it "
-                "over the batch, e.g. by its mean."
-            )
-        if not loss.requires_grad:
-            raise GeneratorError(
-                f"Expected {name}.loss(x) to depend on the generator's parameters, but it carries "
-                "no gradient. To use a generator as it is, set requires_grad=False on its "
-                "parameters."
-            )
-        return {"loss": loss.reshape(())}
+    def _terms(self, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        with torch.autocast(
+            self.device.type,
+            dtype=self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=False,  # casts kept under an outer autocast would outlive the step
+        ):
+            if isinstance(self.vae, VAE):
+                return self.vae.terms(x, y)._asdict()
+            loss = self.vae.loss(x)  # type: ignore[operator]
+        return {"loss": checked_loss(loss, type(self.vae).__name__)}
 
-    def _checked(self, sample: Any, n: int) -> Tensor:
-        expected = (n, *self.shape)
-        problem = None
-        if not isinstance(sample, Tensor):
-            problem = f"a {type(sample).__name__}"
-        elif sample.shape != expected:
-            problem = f"shape {tuple(sample.shape)}"
-        elif sample.is_floating_point() != self.dtype.is_floating_point:
-            problem = f"dtype {sample.dtype}"
-        elif not bool(sample.isfinite().all()):
-            problem = "values that are NaN or infinite"
-        if problem is not None:
-            raise GeneratorError(
-                f"Expected {type(self.vae).__name__}.sample({n}) to return finite values of shape "
-                f"{expected} and a dtype like {self.dtype}, but got {problem}. It had been trained "
-                f"for {self.trained} steps."
-            )
-        checked: Tensor = sample.detach().to(self.device, self.dtype)
-        return checked
+
+def _ordinary(x: Tensor) -> Tensor:
+    """Return a tensor without a graph, and with one it may enter."""
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
 def build_vae(settings: dict[str, Any], dtype: torch.dtype, *, seed: int) -> DenseVAE | ConvVAE:
-    """Return a VAE of ours for inputs of a dtype: in float64 for those, else in float32."""
+    """Return a VAE of ours for inputs of a dtype: in float64 for those, else in float32.
+
+    Settings are a recipe (:func:`vae_from`), and may say how many ``"features"`` of the network
+    take the place of an encoder.
+    """
+    recipe = {name: value for name, value in settings.items() if name != "features"}
     with own_randomness(torch.device("cpu"), seed, "init"):
-        vae = vae_from(settings)
+        vae = vae_from(recipe)
+        if settings.get("features") is not None:
+            use_features(vae, settings["features"])
+            vae.settings["features"] = settings["features"]
     return vae.double() if dtype == torch.float64 else vae
-
-
-def require_generator(vae: Any) -> None:
-    """Raise a TypeError unless ``vae`` is a module that keeps the protocol :class:`Generator`."""
-    if not (isinstance(vae, nn.Module) and isinstance(vae, Generator)):
-        raise TypeError(
-            "Expected argument `vae` to be a torch module with the methods `loss(x) -> scalar` and "
-            f"`sample(n) -> Tensor`, but got {type(vae).__name__}."
-        )
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -53,6 +53,23 @@ class Injection:
                 f"{self.forward!r}."
             )
 
+    def logits(
+        self, module: nn.Module, form: BatchForm, inputs: Tensor, teacher: Teacher | None = None
+    ) -> Tensor:
+        """Return what the model makes of inputs, in eval mode and without gradient.
+
+        Args:
+            module: The model.
+            form: The form in which it takes its batches.
+            inputs: (n, *shape).
+            teacher: Weights to use in place of the model's own.
+        """
+        batch = form.fill(inputs)
+        with _apart(inputs), torch.no_grad(), evaluating(module):
+            if teacher is not None:
+                return teacher.logits(module, batch, self.forward)
+            return self.forward(module, batch)
+
     def labelled(self, module: nn.Module, form: BatchForm, inputs: Tensor) -> Any:
         """Return inputs in the form of the user's batch, with the model's own prediction as labels.
 
@@ -61,10 +78,39 @@ class Injection:
         """
         if form.labels is None:
             return form.fill(inputs)
-        with _apart(inputs), torch.no_grad(), evaluating(module):
-            logits = self.forward(module, form.fill(inputs))
-            labels = predicted_labels(logits, form.labels, self.likelihood)
-            return form.fill(inputs, labels)
+        logits = self.logits(module, form, inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            return form.fill(inputs, predicted_labels(logits, form.labels, self.likelihood))
+
+    def joined(
+        self,
+        module: nn.Module,
+        form: BatchForm,
+        inputs: Tensor,
+        classes: Tensor | None,
+        teacher: Teacher,
+    ) -> Any:
+        """Return the user's batch with generated inputs behind its own.
+
+        Args:
+            module: The model.
+            form: The user's batch of B samples.
+            inputs: Generated inputs (n, *shape).
+            classes: What they were made for, (n,). They are the labels where the batch's labels are
+                class indices, one a sample; all else is labelled by the teacher's prediction.
+            teacher: The dense weights.
+
+        Raises:
+            ValueError: The prediction cannot be brought into the form of the labels.
+        """
+        like = form.labels
+        if like is None:
+            return form.join(inputs)
+        if classes is not None and like.ndim == 1 and not like.is_floating_point():
+            return form.join(inputs, classes)
+        logits = self.logits(module, form, inputs, teacher)
+        with torch.inference_mode(False), torch.no_grad():
+            return form.join(inputs, predicted_labels(logits, like, self.likelihood))
 
     def rehearse(self, module: nn.Module, form: BatchForm, labels: bool) -> None:
         """Send two real inputs the way that generated ones will go.
@@ -79,8 +125,7 @@ class Injection:
                 such labels as the batch has.
         """
         inputs = form.inputs[:2]
-        with _apart(inputs), torch.no_grad(), evaluating(module):
-            logits = self.forward(module, form.fill(inputs))
+        logits = self.logits(module, form, inputs)
         if logits.shape[:1] != inputs.shape[:1]:
             raise ValueError(
                 f"Expected logits for {len(inputs)} inputs to have as many rows, but got shape "

@@ -5,7 +5,7 @@ Enters: generated inputs, a batch of the user's as a pattern, logits. Leaves: ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -66,21 +66,55 @@ class BatchForm:
                 those with B rows give their first n, again from the start where n > B. What has no
                 rows is passed on.
         """
-        size = len(self.inputs)
-        rows = torch.arange(len(generated)) % max(size, 1)
+        return self._mapped(lambda leaf: self._rows(leaf, generated, labels))
 
-        def take(leaf: Any) -> Any:
-            if leaf is self.inputs:
-                return generated
-            if labels is not None and leaf is self.labels:
-                return labels
-            if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size:
-                return leaf.index_select(0, rows.to(leaf.device))
+    def join(self, generated: Tensor, labels: Tensor | None = None) -> Any:
+        """Return the batch with generated inputs (n, *shape) behind its own: of B + n samples.
+
+        Args:
+            generated: What joins the inputs.
+            labels: What joins the labels; needed if the batch has any.
+
+        Raises:
+            ValueError: The batch has labels, but none were given.
+
+        Example:
+            >>> x, y = torch.zeros(2, 1), torch.tensor([7, 8])
+            >>> BatchForm((x, y), x, y).join(torch.ones(1, 1), torch.tensor([5]))[1]
+            tensor([7, 8, 5])
+        """
+        if self.labels is not None and labels is None:
+            raise ValueError(
+                "Expected labels for the generated inputs, as the batch they join has some, but "
+                "got None. Label them first."
+            )
+
+        def joined(leaf: Any) -> Any:
+            if not self._has_rows(leaf):
+                return leaf
+            rows = self._rows(leaf, generated, labels)
+            return torch.cat([leaf, rows.to(leaf.device, leaf.dtype)])
+
+        return self._mapped(joined)
+
+    def _rows(self, leaf: Any, generated: Tensor, labels: Tensor | None) -> Any:
+        """Return what stands at a leaf's place in a batch of generated inputs."""
+        if leaf is self.inputs:
+            return generated
+        if labels is not None and leaf is self.labels:
+            return labels
+        if not self._has_rows(leaf):
             return leaf
+        rows = torch.arange(len(generated)) % max(len(self.inputs), 1)
+        return leaf.index_select(0, rows.to(leaf.device))
 
+    def _has_rows(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(self.inputs)
+
+    def _mapped(self, change: Callable[[Any], Any]) -> Any:
         # Mappings of other libraries are leaves to pytree; a dict is not.
         plain = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
-        return pytree.tree_map(take, plain)
+        return pytree.tree_map(change, plain)
 
 
 def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Tensor:

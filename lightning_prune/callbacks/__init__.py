@@ -3,6 +3,7 @@
 from lightning_prune.callbacks import recipes
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.generator_training import GeneratorTraining
 from lightning_prune.callbacks.learning_rate_decay import LearningRateDecay
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
@@ -13,6 +14,7 @@ from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
 __all__ = [
     "BatchNormStatistics",
     "DistillationCallback",
+    "GeneratorTraining",
     "LearningRateDecay",
     "Rewind",
     "SaliencyPruningCallback",

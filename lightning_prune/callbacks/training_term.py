@@ -40,6 +40,8 @@ def add_training_term(
     batch: Any,
     injection: Injection,
     teacher: Teacher,
+    *,
+    mix: float = 1.0,
 ) -> Tensor | None:
     """Add the gradients of the distillation term to those of an optimizer's parameters.
 
@@ -51,9 +53,21 @@ def add_training_term(
     still carry the AMP scaler's factor; in manual optimization right before the optimizer's step,
     when they do so only for optimizers that unscale on their own.
 
+    Args:
+        trainer: Of the fit.
+        pl_module: The student.
+        optimizer: Whose gradients are complete.
+        batch: Generated inputs in the user's form.
+        injection: How they reach the model, and the term's weight.
+        teacher: The dense weights.
+        mix: Factor of the weight, in [0, 1]; the same on all processes. 0 skips the term, forward
+            passes and all.
+
     Returns:
         The unweighted loss, detached, or None if nothing was added.
     """
+    if mix == 0.0:
+        return None
     automatic = pl_module.automatic_optimization
     parameters = [
         parameter
@@ -69,7 +83,7 @@ def add_training_term(
     with trainer.precision_plugin.forward_context():
         # The bare module: a wrapper for distributed training would start to reduce.
         loss, gradients = injection.gradients(
-            pl_module, parameters, batch, teacher, scale=scale / shares
+            pl_module, parameters, batch, teacher, scale=mix * scale / shares
         )
     if (average := mean_over_processes(trainer)) is not None:
         average_in_place(gradients, average)

@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.augment.drawing import Drawing, Select
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import Distillation, Likelihood
-from lightning_prune.augment.pictures import log_picture
-from lightning_prune.callbacks.co_training import CoTraining, RunningMeans
-from lightning_prune.callbacks.reporting import give_back, without_lent
-from lightning_prune.callbacks.training_term import add_training_term, check_strategy
-from lightning_prune.passes.teacher import Teacher
+from lightning_prune.callbacks.co_training import CoTraining
+from lightning_prune.callbacks.feature_encoder import FeatureEncoder
+from lightning_prune.callbacks.generator_callback import GeneratorCallback
+from lightning_prune.callbacks.generator_choice import GeneratorChoice
+from lightning_prune.callbacks.generator_training import GeneratorTraining
+from lightning_prune.callbacks.reporting import without_lent
+from lightning_prune.callbacks.supply import Supply
+from lightning_prune.callbacks.training_injection import TrainBy, TrainingInjection
+from lightning_prune.callbacks.vae_arguments import check_arguments, check_together
 from lightning_prune.saliency import default_forward
 
-PLACES = ("saliency", "train")
-"""Where generated inputs can go."""
 
-PICTURES = 64
-"""Samples in the grid that is logged each epoch."""
-
-
-class VAEAugmentCallback(Callback):
+class VAEAugmentCallback(GeneratorCallback):
     """Train a generator on the training batches, and let its samples join scoring and training.
 
     Args:
-        vae: Any module with ``loss(x) -> scalar`` and ``sample(n) -> (n, *shape)``. None builds a
-            small dense VAE from the first batch.
-        inject: ``"saliency"``: generated inputs join the pruner's scoring pass. ``"train"``: from
-            the first pruning event on, each training step gets a distillation term on generated
-            inputs, with the dense model's predictions as soft labels. ``()`` trains the generator
-            and leaves the user's training exactly as it was.
+        vae: Any module with ``loss(x) -> scalar`` and ``sample(n) -> (n, *shape)``. ``"dense"`` or
+            ``"conv"`` build a small VAE of that kind from the first batch; None is ``"dense"``.
+        inject: ``"saliency"``: generated inputs join the pruner's scoring pass and the calibration
+            of a refit. ``"train"``: from the first pruning event on they join the training, with
+            the dense model's answers. ``()`` trains the generator and leaves the user's training
+            exactly as it was.
+        train_by: ``"distill"``: each training step gets a distillation term on generated inputs,
+            with the dense model's predictions as soft labels. ``"batch"``: they stand behind the
+            real ones in the batch that ``training_step`` sees, labelled by the class they were made
+            for or by the dense model.
+        adapt: The training's samples count for less the better the model does on validation data
+            compared to training data, and for nothing where there is no gap; see
+            :class:`~lightning_prune.callbacks.adaptive_mix.AdaptiveMix`. Needs labels and a
+            validation.
+        teacher: The model whose answers the training learns from, with the weights it has when the
+            callback is made: a pretrained model that is pruned with fewer data than it was trained
+            on. Of the class that is trained. None keeps the weights before the first event.
+        select: Which samples are used: ``"prior"``, those of the prior; ``"starved"``, of four
+            times as many those that the model wavers on most; ``"reconstructions"`` of real inputs
+            or ``"interpolations"`` between pairs of them.
         share: Generated inputs for each real one, in both places.
         distillation: Weight and temperature of the training term.
         likelihood: How the model's output is read, as for the scores: ``"categorical"`` logits over
@@ -49,9 +62,22 @@ class VAEAugmentCallback(Callback):
         forward: ``forward(module, batch) -> logits`` where ``module(x)`` is not enough. It has to
             ignore the labels in the batch: generated inputs have none.
         name: Prefix of the logged names, and what tells several of these callbacks apart.
+        classes: K: makes the default VAE conditional on the batches' labels, class indices (N,).
+            Its samples then carry the class they were made for.
+        training: When, how long and in which precision the generator learns.
+        checkpoint: A generator to begin with, from a checkpoint of a run with a callback of the
+            same name, or from a file by :meth:`save_generator`. It counts as warmed up. The state
+            of a run that is resumed goes before it.
+        encode: ``encode(x) -> float tensor (N, ...)`` for inputs that are no float tensors, such as
+            token ids: the generator learns and samples in that space. To inject such samples, say
+            how the model takes them, by ``forward``.
+        encoder: Name of a submodule of the model, e.g. ``"net.features"``, whose detached output in
+            the training step takes the place of the default VAE's encoder; only two linear layers
+            and the decoder are new.
 
     Raises:
-        ValueError: Arguments out of range; one message names them all.
+        ValueError: Arguments out of range; one message names them all. Or ``checkpoint`` holds no
+            generator that fits.
         TypeError: ``vae`` lacks ``loss`` or ``sample``.
 
     In distributed training all processes train one generator, on their own batches and noise, and
@@ -63,11 +89,15 @@ class VAEAugmentCallback(Callback):
         ('train',)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - plain values, as they are written in a file of settings
         self,
-        vae: nn.Module | None = None,
+        vae: nn.Module | Literal["dense", "conv"] | None = None,
         *,
         inject: Sequence[Literal["saliency", "train"]] = ("saliency", "train"),
+        train_by: TrainBy = "distill",
+        adapt: bool = True,
+        teacher: nn.Module | None = None,
+        select: Select = "prior",
         share: float = 0.5,
         distillation: Distillation | None = None,
         likelihood: Likelihood = "categorical",
@@ -76,56 +106,69 @@ class VAEAugmentCallback(Callback):
         seed: int = 0,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
         name: str = "vae",
+        classes: int | None = None,
+        training: GeneratorTraining | None = None,
+        checkpoint: str | Path | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        encoder: str | None = None,
     ) -> None:
         self.inject: tuple[str, ...] = (inject,) if isinstance(inject, str) else tuple(inject)
-        self.share, self.name = share, name
-        _check_arguments(self.inject, share, learning_rate, warmup, name)
+        self.share, self.train_by = share, train_by
+        training = GeneratorTraining() if training is None else training
+        given = {"share": share, "learning_rate": learning_rate, "warmup": warmup, "name": name}
+        check_arguments(self.inject, given)
+        check_together(
+            self.inject,
+            encode=encode,
+            encoder=encoder,
+            forward=forward,
+            training=training,
+            warmup=warmup,
+            train_by=train_by,
+        )
+        run = default_forward if forward is None else forward
         self._injection = Injection(
-            forward=default_forward if forward is None else forward,
+            forward=run,
             likelihood=likelihood,
             distillation=Distillation() if distillation is None else distillation,
         )
-        self._training = CoTraining(
-            vae, learning_rate=learning_rate, warmup=warmup, seed=seed, name=name
+        choice = GeneratorChoice(
+            vae=vae,
+            classes=classes,
+            encoder=encoder is not None,
+            learning_rate=learning_rate,
+            seed=seed,
+            autocast=training.autocast,
+            name=name,
         )
-        self._teacher: Teacher | None = None
+        co_training = CoTraining(
+            choice,
+            training,
+            warmup=warmup,
+            encode=encode,
+            encoder=None if encoder is None else FeatureEncoder(encoder, run, name),
+            checkpoint=checkpoint,
+            state_key=self._generate_state_key(name=name),
+        )
+        super().__init__(co_training, name)
+        self._supply = Supply(co_training, Drawing(select), self._injection)
+        self._joining: TrainingInjection | None = None
+        if "train" in self.inject:
+            self._joining = TrainingInjection(
+                self._supply, train_by, share=share, adapt=adapt, teacher=teacher, name=name
+            )
         self._student: Callable[[], nn.Module | None] | None = None
-        self._generated: Any = None  # the batch that joins the training step under way
-        self._terms = RunningMeans()
-        self._joined = True
         self._rehearsed = False
 
     # What users and the pruner call
-
-    @property
-    def vae(self) -> nn.Module:
-        """The generator.
-
-        Raises:
-            RuntimeError: It has not been built yet.
-        """
-        given = self._training.given
-        return self._training.built.vae if given is None else given
-
-    def generate(self, n: int) -> Tensor:
-        """Return ``n`` new inputs (n, *input shape), in the user's range, dtype and device.
-
-        Does not disturb the draws of a training that is under way.
-
-        Raises:
-            RuntimeError: The generator has not been built yet.
-            GeneratorError: A generator of the user's returned something else.
-        """
-        if n < 1:
-            raise ValueError(f"Expected argument `n` to be at least 1, but got {n!r}.")
-        return self._training.built.draw(n, "generate")
 
     def scoring_batches(
         self, trainer: Trainer, pl_module: LightningModule, samples: int
     ) -> Iterator[Any]:
         """Yield generated batches in the form of the user's, about ``share * samples`` inputs.
 
-        Labels, where the user's batches have any, are the model's own prediction. Yields nothing
+        Labels, where the user's batches have any, are the model's own prediction, or the classes
+        that a conditional VAE made the inputs for where they are class indices. Yields nothing
         if ``"saliency"`` is not in ``inject``, or the generator is not warmed up.
         """
         form = self._training.form
@@ -141,52 +184,48 @@ class VAEAugmentCallback(Callback):
         while left > 0:
             n = min(len(form.inputs), left)
             left -= n
-            inputs = self._training.draw(trainer, n)
+            inputs, classes = self._supply(trainer, pl_module, form, n)
+            if classes is not None and form.labels is not None:
+                yield form.fill(inputs, classes.to(form.labels.dtype))
+                continue
             with trainer.precision_plugin.forward_context():
                 batch = self._injection.labelled(pl_module, form, inputs)
             yield batch
 
     def before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights as the teacher, if there is none yet. Called before masks change."""
-        if "train" in self.inject and self._teacher is None:
-            self._teacher = Teacher.of(pl_module)
+        if self._joining is not None:
+            self._joining.keep_teacher(pl_module)
 
     # Lightning's hooks
 
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._joining is not None:
+            self._joining.check(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if "train" in self.inject:
-            check_strategy(trainer, self.name)
-        self._training.check(pl_module)
+        if self.inject and self._training.given is not None:
+            self._supply.drawing.check(self._training.given)
         self._rehearsed = not self.inject
-        if self._student is not None and self._student() is not pl_module:
-            self._teacher = None  # it was another model's
+        another = self._student is not None and self._student() is not pl_module
+        if another and self._joining is not None:
+            self._joining.forget_teacher()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A checkpoint has been restored by now: the teacher may have come with it, on the CPU.
         self._student = weakref.ref(pl_module)
-        if self._teacher is not None:
-            if not self._teacher.fits(pl_module):
-                raise MisconfigurationException(
-                    f"{self.name}: expected the dense weights kept in the checkpoint to fit the "
-                    "model, but names or shapes differ. Resume with the model that was pruned, or "
-                    "leave 'train' out of `inject`."
-                )
-            self._teacher.to(pl_module.device)
+        if self._joining is not None:
+            self._joining.begin(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._terms.finish()
-        # Nothing is missed where nothing was to be expected.
-        self._joined = self._teacher is None or not self._training.ready
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._joining is not None:
+            self._joining.start_epoch()
 
     @override
     def on_train_batch_start(
@@ -194,22 +233,22 @@ class VAEAugmentCallback(Callback):
     ) -> None:
         if batch is None:  # a training_step that fetches its batches itself
             return
-        form = self._training.prepare(trainer, batch)
+        form = self._training.prepare(trainer, self._real_part(batch))
         if not self._rehearsed:
             # A few real inputs take the way that generated ones will take hours later.
+            labelled = "saliency" in self.inject or self.train_by == "batch"
             with trainer.precision_plugin.forward_context():
-                self._injection.rehearse(pl_module, form, labels="saliency" in self.inject)
+                self._injection.rehearse(pl_module, form, labels=labelled)
             self._rehearsed = True
-        if self._teacher is not None and self._training.ready:
-            # Before the user's step: a fault in a sample is named while nothing is half done.
-            n = max(1, round(self.share * len(form.inputs)))
-            self._generated = form.fill(self._training.draw(trainer, n))
+        if self._joining is not None:
+            self._joining.before_step(trainer, pl_module, form)
+        self._training.arm(trainer)  # last: what ran the model until here was no training step
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before gradients are clipped, and before any hook that masks them.
         if pl_module.automatic_optimization:
-            self._join(trainer, pl_module, trainer.optimizers[0])
+            self._add_term(trainer, pl_module, trainer.optimizers[0])
 
     @override
     def on_before_optimizer_step(
@@ -217,7 +256,7 @@ class VAEAugmentCallback(Callback):
     ) -> None:
         # In manual optimization it is the user's affair how many backward passes make a step.
         if not pl_module.automatic_optimization:
-            self._join(trainer, pl_module, optimizer)
+            self._add_term(trainer, pl_module, optimizer)
 
     @override
     def on_train_batch_end(
@@ -228,31 +267,16 @@ class VAEAugmentCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._generated = None
-        if batch is not None:
-            x = self._training.prepare(trainer, batch).inputs
-            self._terms.add(self._training.step(trainer, x), len(x))
+        joined = 0 if self._joining is None else self._joining.samples_joined
+        self._learn(trainer, self._real_part(batch), joined=joined)
+        if self._joining is not None:
+            self._joining.after_step()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._joined:
-            rank_zero_warn(
-                f"{self.name}: no generated inputs joined the training in this epoch. Either their "
-                "gradients were never finite; or the optimizer was stepped past Lightning, which "
-                "with manual optimization needs `self.optimizers()`; or training_step takes a "
-                "dataloader_iter, which is not supported."
-            )
-        # One call an epoch: Lightning's own epoch mean would cost as much as the VAE's steps.
-        means = {f"{self.name}/{term}": mean for term, mean in self._terms.finish().items()}
-        if means and not trainer.barebones:
-            pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True)
-        if trainer.is_global_zero and self._training.ready:
-            log_picture(
-                trainer.loggers,
-                f"{self.name}/samples",
-                lambda: self._training.built.draw(PICTURES, "picture", index=0),
-                trainer.global_step,
-            )
+        if self._joining is not None:
+            self._joining.end_epoch(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_validation_batch_start(
@@ -263,53 +287,49 @@ class VAEAugmentCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking:  # matters in a run resumed in the middle of a validation
-            self._training.peek(pl_module, batch)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._joining is not None:
+            self._joining.observe(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._joining is not None:
+            self._joining.finish_validation(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._training.form = self._generated = None  # hold on to none of the user's data
-        give_back(self)
+        if self._joining is not None:
+            self._joining.end()
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._joining is not None:
+            self._joining.end()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        teacher = None if self._teacher is None else dict(self._teacher.weights)
-        return {"generator": self._training.state_dict(), "teacher": teacher}
+        joining = {"teacher": None} if self._joining is None else self._joining.state_dict()
+        return {"generator": self._training.state_dict(), **joining}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._training.load_state_dict(state_dict["generator"])
-        weights = state_dict["teacher"] if "train" in self.inject else None
-        self._teacher = None if weights is None else Teacher(weights)
+        if self._joining is not None:
+            self._joining.load_state_dict(state_dict)
+
+    def _real_part(self, batch: Any) -> Any:
+        return batch if self._joining is None else self._joining.real_part(batch)
+
+    def _add_term(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        loss = None
+        if self._joining is not None:
+            loss = self._joining.add_term(trainer, pl_module, optimizer)
+        if loss is not None:
+            self._terms.add({"distillation": loss}, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_lent(self), "_student": None}  # a weak reference cannot be pickled
-
-    def _join(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._generated is not None and self._teacher is not None:
-            loss = add_training_term(
-                trainer, pl_module, optimizer, self._generated, self._injection, self._teacher
-            )
-            if loss is not None:
-                self._joined = True
-                self._terms.add({"distillation": loss}, 1)
-
-
-def _check_arguments(
-    inject: tuple[str, ...], share: float, learning_rate: float, warmup: int, name: str
-) -> None:
-    faults = [
-        f"`inject`: expected places among {PLACES}, but got {place!r}"
-        for place in inject
-        if place not in PLACES
-    ]
-    for argument, value, fine, wanted in (
-        ("share", share, 0 < share < float("inf"), "above 0"),
-        ("learning_rate", learning_rate, 0 < learning_rate < float("inf"), "above 0"),
-        ("warmup", warmup, warmup >= 0, "a number of steps, 0 or more"),
-        ("name", name, bool(name), "not empty"),
-    ):
-        if not fine:
-            faults.append(f"`{argument}`: expected it to be {wanted}, but got {value!r}")
-    if faults:
-        raise ValueError("\n- ".join(["VAEAugmentCallback cannot use its arguments:", *faults]))

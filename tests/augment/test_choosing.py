@@ -181,7 +181,8 @@ class Line:
 
 def test_reconstructions_use_every_real_input_alike(digits) -> None:
     real = digits[:7]
-    made = reconstructions(Line(), real, 17, random(0))
+    made, labels = reconstructions(Line(), real, 17, random(0))
+    assert labels is None
     used = [int((real == x).flatten(1).all(1).nonzero()[0, 0]) for x in made]
     assert sorted(torch.bincount(torch.tensor(used), minlength=7).tolist()) == [2, 2, 2, 2, 3, 3, 3]
     assert sorted(used[:7]) == list(range(7))
@@ -189,7 +190,7 @@ def test_reconstructions_use_every_real_input_alike(digits) -> None:
 
 def test_interpolations_lie_between_two_real_inputs() -> None:
     real = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    made = interpolations(Line(), real, 200, random(0))
+    made, _ = interpolations(Line(), real, 200, random(0))
     assert bool((made >= 0).all())
     assert bool((made.sum(1) <= 1 + 1e-6).all())
     on_an_edge = (made[:, 0] == 0) | (made[:, 1] == 0) | ((made.sum(1) - 1).abs() < 1e-6)
@@ -202,21 +203,43 @@ def test_interpolations_lie_between_two_real_inputs() -> None:
 def test_our_vae_is_such_an_interpolator(digits) -> None:
     vae = DenseVAE((8, 8)).eval()
     real = digits[:3]
-    made = reconstructions(vae, real, 6, random(0))
+    made, _ = reconstructions(vae, real, 6, random(0))
     expected = {tuple(x.flatten().tolist()) for x in vae.reconstruct(real)}
     assert len(expected) == 3
     for x in made:
         assert min(float((x.flatten() - torch.tensor(e)).abs().max()) for e in expected) < 1e-5
-    assert interpolations(vae, real, 5, random(0)).shape == (5, 8, 8)
+    assert interpolations(vae, real, 5, random(0))[0].shape == (5, 8, 8)
 
 
 @pytest.mark.parametrize("make", [reconstructions, interpolations])
 def test_made_inputs_follow_from_the_seed_alone(make, digits) -> None:
     before = torch.get_rng_state()
-    first, again, other = (make(Line(), digits[:20], 30, random(seed)) for seed in (1, 1, 2))
+    first, again, other = (make(Line(), digits[:20], 30, random(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
-    assert make(Line(), digits[:20], 0, random(0)).shape == (0, 8, 8)
+    assert make(Line(), digits[:20], 0, random(0))[0].shape == (0, 8, 8)
     with pytest.raises(ValueError, match="at least one real input"):
         make(Line(), digits[:0], 3, random(0))
+
+
+class ByClass(Line):
+    """Refuses pairs of different classes: the first pixel of an input is its class."""
+
+    def interpolate(self, x: Tensor, other: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert torch.equal(x[:, 0], y.float())
+        assert torch.equal(other[:, 0], y.float())
+        return super().interpolate(x, other, t)
+
+
+@pytest.mark.parametrize("make", [reconstructions, interpolations])
+def test_a_conditional_vae_gets_pairs_of_one_class_and_says_which(make) -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 2])
+    real = torch.stack([labels.float(), torch.arange(7.0)], 1)
+    made, classes = make(ByClass(), real, 70, random(0), labels)
+    assert torch.equal(made[:, 0], classes.float())
+    assert torch.bincount(classes).tolist() == [10, 20, 40]  # as often as in the real ones
+    if make is interpolations:
+        of_two = made[classes == 2, 1]
+        assert float(of_two.min()) < 4 < 5 < float(of_two.max())
+        assert len(of_two.unique()) > 30

@@ -300,3 +300,80 @@ def test_a_process_with_another_batch_ends_with_the_same_generator(digits):
         assert not torch.equal(sent[0], sent[1])
     assert torch.equal(_weights(fitters[0]), _weights(fitters[1]))
     assert torch.equal(fitters[0].vae.input_range.high, fitters[1].vae.input_range.high)
+
+
+# Classes, and half precision
+
+
+def _conditional(x: Tensor, **changes) -> GeneratorFitter:
+    return _fitter(DenseVAE((8, 8), classes=3), x, **changes)
+
+
+def test_a_conditional_vae_is_trained_on_labels_and_draws_them(x):
+    y = torch.arange(32) % 3
+    fitter, others = _conditional(x), _conditional(x)
+    others.vae.load_state_dict(fitter.vae.state_dict())
+    for _ in range(3):
+        assert fitter.step(x, y)["loss"].isfinite()
+        others.step(x, (y + 1) % 3)
+    assert not torch.equal(_weights(fitter), _weights(others))
+    inputs, labels = fitter.draw_labelled(50, "inject", index=1)
+    assert inputs.shape == (50, 8, 8)
+    assert labels.dtype == torch.int64
+    assert labels.unique().tolist() == [0, 1, 2]
+    assert torch.equal(fitter.draw(50, "inject", index=1), inputs)
+    again = fitter.draw_labelled(50, "inject", index=1)
+    assert torch.equal(again.inputs, inputs)
+    assert torch.equal(again.labels, labels)
+
+
+def test_labels_reach_none_but_a_conditional_vae(x):
+    with_labels, without = (
+        _fitter(build_vae(settings_for(x), x.dtype, seed=0), x) for _ in range(2)
+    )
+    with_labels.step(x, torch.zeros(32, dtype=torch.long))
+    without.step(x)
+    assert torch.equal(_weights(with_labels), _weights(without))
+    assert with_labels.draw_labelled(2, "inject").labels is None
+    own = _fitter(_Noise(), torch.rand(3, 4))
+    assert set(own.step(torch.rand(3, 4), torch.zeros(3, dtype=torch.long))) == {"loss"}
+
+
+def test_a_conditional_vae_without_labels_says_so(x):
+    with pytest.raises(ValueError, match="3 classes"):
+        _conditional(x).step(x)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (None, "a NoneType"),
+        (torch.zeros(3, dtype=torch.long), r"shape \(3,\)"),
+        (torch.zeros(2), "float32"),
+        (torch.tensor([0, 3]), "from 0 to 3"),
+    ],
+)
+def test_wrong_labels_of_samples_are_named(x, labels, problem):
+    fitter = _conditional(x)
+    fitter.vae.sample_labelled = lambda n: (torch.zeros(n, 8, 8), labels)
+    with pytest.raises(GeneratorError, match=rf"sample_labelled\(2\).*{problem}"):
+        fitter.draw_labelled(2, "inject")
+
+
+def test_a_step_in_half_precision_keeps_the_weights_whole(x):
+    whole = _fitter(build_vae(settings_for(x), x.dtype, seed=0), x)
+    half = _fitter(build_vae(settings_for(x), x.dtype, seed=0), x, autocast=torch.bfloat16)
+    for _ in range(20):
+        whole.step(x)
+        terms = half.step(x)
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert not torch.equal(_weights(whole), _weights(half))
+    assert terms["loss"].item() == pytest.approx(whole.step(x)["loss"].item(), rel=0.2)
+
+
+def test_heads_on_a_networks_features_come_back_from_a_state(x):
+    settings = settings_for(x) | {"kind": "conv", "features": 7, "classes": 2}
+    fitter = _fitter(build_vae(settings, x.dtype, seed=0), x)
+    again = GeneratorFitter.from_state(fitter.state_dict(), None, learning_rate=1e-2, seed=0)
+    assert again.vae.encoder.features == 7
+    assert torch.equal(_weights(fitter), _weights(again))

@@ -154,3 +154,37 @@ def test_arguments_are_checked():
         Injection(_forward, likelihood="poisson")
     with pytest.raises(TypeError, match="`forward`"):
         Injection("forward")
+
+
+def test_joined_samples_are_labelled_by_the_dense_self_and_not_by_what_it_has_become(model, x):
+    y = torch.tensor([3, 1, 4, 1, 5])
+    teacher, dense = Teacher.of(model), copy.deepcopy(model).eval()
+    with torch.no_grad():
+        expected = dense(x[:3]).argmax(1)
+        model[5].weight.mul_(-1.0)
+    inputs, labels = Injection(_forward).joined(
+        model, BatchForm((x, y), x, y), x[:3], None, teacher
+    )
+    assert torch.equal(inputs, torch.cat([x, x[:3]]))
+    assert torch.equal(labels, torch.cat([y, expected]))
+    assert not torch.equal(expected, model.eval()(x[:3]).argmax(1))
+
+
+def test_joined_samples_keep_the_classes_they_were_made_for(model, x):
+    y, teacher = torch.tensor([3, 1, 4, 1, 5], dtype=torch.int32), Teacher.of(model)
+    made_for = torch.tensor([7, 8])
+    form = BatchForm((x, y), x, y)
+    labels = Injection(_forward).joined(model, form, x[:2], made_for, teacher)[1]
+    assert labels.tolist() == [3, 1, 4, 1, 5, 7, 8]
+    assert labels.dtype == torch.int32
+    soft = torch.rand(5, 10).softmax(1)  # in this form the class is not a label
+    form = BatchForm((x, soft), x, soft)
+    labels = Injection(_forward).joined(model, form, x[:2], made_for, teacher)[1]
+    with torch.no_grad():
+        expected = model.eval()(x[:2]).softmax(1)
+    torch.testing.assert_close(labels[5:], expected)
+
+
+def test_without_labels_inputs_are_all_that_joins(model, x):
+    batch = Injection(_forward).joined(model, BatchForm(x, x), x[:2], None, Teacher.of(model))
+    assert torch.equal(batch, torch.cat([x, x[:2]]))

@@ -161,3 +161,37 @@ def test_half_precision_is_computed_in_single():
 def test_arguments_out_of_range_are_named(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
         Distillation(**arguments)
+
+
+def forms():
+    """The same three samples as a tensor, a pair with more beside it, and a dict."""
+    x, y, ids = torch.rand(3, 2), torch.tensor([4, 5, 6]), torch.tensor([[7], [8], [9]])
+    yield BatchForm(x, x), lambda b: (b, None, None)
+    yield BatchForm((x, y, ids, "a", 3.0), x, y), lambda b: b[:3]
+    yield BatchForm({"x": x, "y": y, "more": [ids]}, x, y), lambda b: (b["x"], b["y"], b["more"][0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_generated_rows_stand_behind_the_users_own(n):
+    new, labels = torch.rand(n, 2), torch.arange(n)
+    for form, parts in forms():
+        joined = form.join(new, None if form.labels is None else labels)
+        filled = form.fill(new, labels)
+        for whole, own, extra in zip(parts(joined), parts(form.batch), parts(filled), strict=True):
+            if own is not None:
+                assert torch.equal(whole, torch.cat([own, extra]))
+        assert type(joined) is type(form.batch)
+
+
+def test_what_has_no_rows_joins_nothing():
+    x, y, weight = torch.rand(3, 2), torch.zeros(3), torch.ones(4)
+    joined = BatchForm((x, y, weight, "a"), x, y).join(torch.rand(2, 2), torch.ones(2))
+    assert joined[2] is weight
+    assert joined[3] == "a"
+    assert joined[1].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_labelled_batches_are_not_joined_by_inputs_without_labels():
+    x, y = torch.rand(3, 2), torch.zeros(3)
+    with pytest.raises(ValueError, match="labels for the generated inputs"):
+        BatchForm((x, y), x, y).join(torch.rand(2, 2))

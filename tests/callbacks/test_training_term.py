@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import Distillation, distillation_loss
-from lightning_prune.callbacks.training_term import check_strategy
+from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
+from lightning_prune.passes.teacher import Teacher
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32)[:96].flatten(1) / 16
@@ -64,7 +66,8 @@ class Recorder(L.Callback):
             pl_module.net[0].weight[:8] = 0.0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batch, generated = batch, self.callback._generated
+        joining = self.callback._joining
+        self.batch, generated = batch, None if joining is None else joining._generated
         self.generated.append(None if generated is None else generated[0])
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -97,7 +100,7 @@ def run(inject=("train",), model=None, weight=WEIGHT, **arguments):
 def term_gradients(recorder, callback, step, batch):
     """The term's gradients, computed from scratch with the weights of a step."""
     student, teacher = Model(), Model()
-    teacher.load_state_dict(callback._teacher.weights)
+    teacher.load_state_dict(callback._joining.teacher.weights)
     for parameter, value in zip(student.parameters(), recorder.weights[step], strict=True):
         parameter.data.copy_(value)
     loss = distillation_loss(student(batch), teacher(batch).detach(), "categorical", TEMPERATURE)
@@ -191,6 +194,69 @@ def test_a_weight_of_zero_adds_nothing():
     _, without, _ = run(inject=(), model=other)
     for a, b in zip(with_term.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Mixed(L.Callback):
+    """Adds the term on fixed inputs with a factor of its own at each step."""
+
+    def __init__(self, mixes, forward=lambda module, batch: module(batch)):
+        self.mixes, self.added, self.losses = mixes, [], []
+        self.injection = Injection(forward, distillation=Distillation(WEIGHT, TEMPERATURE))
+
+    def on_train_start(self, trainer, pl_module):
+        self.teacher = Teacher.of(Model())
+
+    def on_after_backward(self, trainer, pl_module):
+        before = [p.grad.clone() for p in pl_module.parameters()]
+        self.losses.append(
+            add_training_term(
+                trainer,
+                pl_module,
+                trainer.optimizers[0],
+                X[:6],
+                self.injection,
+                self.teacher,
+                mix=self.mixes[trainer.global_step],
+            )
+        )
+        self.added.append([p.grad - b for p, b in zip(pl_module.parameters(), before, strict=True)])
+
+
+def mixed(mixes, **arguments):
+    callback = Mixed(mixes, **arguments)
+    torch.manual_seed(3)
+    trainer = L.Trainer(
+        max_steps=len(mixes),
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Model(lr=0.0), DataLoader(TensorDataset(X, Y), 24))
+    return callback
+
+
+def test_the_mix_is_a_factor_of_the_weight():
+    """The weights do not move, so all that differs between the steps is the factor."""
+    callback = mixed([1.0, 0.25, 0.0])
+    whole, quarter, none = callback.added
+    assert any(bool(t.abs().max() > 1e-4) for t in whole)
+    for a, b in zip(whole, quarter, strict=True):
+        torch.testing.assert_close(b, a / 4, rtol=1e-3, atol=1e-7)
+    assert not any(t.any() for t in none)
+    assert torch.equal(callback.losses[0], callback.losses[1])  # the loss is without any weight
+    assert callback.losses[2] is None
+
+
+def test_a_mix_of_zero_costs_nothing():
+    def forward(module, batch):
+        raise AssertionError
+
+    mixed([0.0, 0.0], forward=forward)
+    with pytest.raises(AssertionError):
+        mixed([0.1], forward=forward)
 
 
 def test_lbfgs_sees_one_objective_a_batch():

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.augment import DenseVAE, Distillation, GeneratorError
+from lightning_prune.callbacks.generator_training import GeneratorTraining
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.teacher import Teacher
@@ -219,7 +220,7 @@ def test_the_term_alone_leads_a_pruned_student_to_its_teacher():
 
     student = Idle()
     student.net = model.net
-    callback._teacher = Teacher.of(student)
+    callback._joining.teacher = Teacher.of(student)
     with torch.no_grad():
         model.net[1].weight[:, ::3] = 0.0
     before = distance()
@@ -540,8 +541,8 @@ def test_logged_losses_are_means_over_samples():
     callback = VAEAugmentCallback(inject=())
     seen = []
     original = callback._training.step
-    callback._training.step = lambda trainer, x: (
-        seen.append((original(trainer, x), len(x))) or seen[-1][0]
+    callback._training.step = lambda trainer, form, **options: (
+        seen.append((original(trainer, form, **options), len(form.inputs))) or seen[-1][0]
     )
     trainer, _ = fit([callback], max_epochs=1)
     expected = sum(terms["loss"].item() * n for terms, n in seen) / sum(n for _, n in seen)
@@ -651,13 +652,13 @@ def test_a_second_fit_goes_on_training_the_same_vae():
     callback, model = VAEAugmentCallback(), Digits()
     fit([_Event(), callback], model=model, max_epochs=1)
     vae, steps = callback.vae, int(callback.vae.steps)
-    teacher = callback._teacher
+    teacher = callback._joining.teacher
     fit([callback], model=model, max_epochs=1)
     assert callback.vae is vae
     assert int(vae.steps) == 2 * steps
-    assert callback._teacher is teacher
+    assert callback._joining.teacher is teacher
     fit([callback], model=Digits(), max_epochs=1)
-    assert callback._teacher is None  # the teacher of one model teaches no other
+    assert callback._joining.teacher is None  # the teacher of one model teaches no other
 
 
 @pytest.mark.parametrize(
@@ -714,7 +715,7 @@ def test_no_data_of_the_users_is_held_after_the_fit():
     callback = VAEAugmentCallback()
     fit([_Event(), callback], max_epochs=1)
     assert callback._training.form is None
-    assert callback._generated is None
+    assert callback._joining._generated is None
 
 
 # Configuration
@@ -737,6 +738,8 @@ def test_a_lightning_cli_reads_every_argument(monkeypatch):
         "seed": 7,
         "forward": "lightning_prune.saliency.default_forward",
         "name": "digits",
+        "training": {"every_n_steps": 2, "epochs": [1, 5], "precision": "bf16"},
+        "encode": "torch.nn.functional.relu",
     }
     callback = {
         "class_path": "lightning_prune.callbacks.vae_augment.VAEAugmentCallback",
@@ -755,3 +758,23 @@ def test_a_lightning_cli_reads_every_argument(monkeypatch):
     assert made._injection.distillation == Distillation(0.3, 4.0)
     assert made._injection.likelihood == "bernoulli"
     assert made.state_key == VAEAugmentCallback(name="digits").state_key
+    assert made._training.training == GeneratorTraining(2, (1, 5), precision="bf16")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_lightning_cli_takes_a_kind_of_vae(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    callback = {
+        "class_path": "lightning_prune.callbacks.vae_augment.VAEAugmentCallback",
+        "init_args": {"vae": "conv", "classes": 10, "encoder": "net"},
+    }
+    cli = LightningCLI(
+        Plain,
+        args={"trainer": {"callbacks": [callback], "logger": False, "accelerator": "cpu"}},
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,
+    )
+    (made,) = [c for c in cli.trainer.callbacks if isinstance(c, VAEAugmentCallback)]
+    assert made._training.choice.vae == "conv"
+    assert made._training.choice.classes == 10

@@ -1,0 +1,270 @@
+"""How generated inputs enter scoring and training, in real Trainers on real digits."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import SaliencyPruningCallback, VAEAugmentCallback
+from lightning_prune.augment import DenseVAE, GeneratorError
+
+DIGITS = load_digits()
+X = torch.tensor(DIGITS.images, dtype=torch.float32).div(16)
+Y = torch.tensor(DIGITS.target)
+
+
+class Digits(L.LightningModule):
+    """A classifier that notes what its training steps are given."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)
+        )
+        self.seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append((self.current_epoch, x.detach().clone(), y.clone()))
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def loader(part: slice, size: int = 32) -> DataLoader:
+    return DataLoader(TensorDataset(X[part], Y[part]), size)
+
+
+def fit(callbacks, *, model=None, train=slice(0, 96), validation=slice(1000, 1200), **options):
+    ckpt = options.pop("ckpt_path", None)
+    options = {"max_epochs": 3, "logger": False, "enable_checkpointing": False} | options
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    model = Digits() if model is None else model
+    trainer.fit(
+        model, loader(train), None if validation is None else loader(validation), ckpt_path=ckpt
+    )
+    return trainer, model
+
+
+def pruner(epoch: int = 0) -> SaliencyPruningCallback:
+    return SaliencyPruningCallback({epoch: 0.5})
+
+
+def test_samples_stand_behind_the_batch_once_there_is_a_teacher() -> None:
+    callback = VAEAugmentCallback(inject=("train",), train_by="batch", adapt=False, warmup=1)
+    before = Digits()
+    _, model = fit([pruner(), callback], model=before)
+    real = X[:96].split(32)
+    for number, (epoch, x, y) in enumerate(model.seen):
+        index = number % 3
+        assert torch.equal(x[:32], real[index])
+        assert torch.equal(y[:32], Y[:96].split(32)[index])
+        assert len(x) == len(y) == (32 if epoch == 0 else 48)
+    last = model.seen[-1]
+    assert not any(torch.equal(last[1][32 + i], other) for i in range(16) for other in X[:96])
+
+
+def test_joined_samples_carry_the_dense_models_labels() -> None:
+    class Spying(Digits):
+        """Keeps the weights that it has when training begins."""
+
+        def on_train_start(self):
+            self.first = copy.deepcopy(self.net)
+
+    model = Spying()
+    callback = VAEAugmentCallback(
+        inject=("train",), train_by="batch", adapt=False, warmup=1, teacher=model
+    )
+    fit([callback], model=model, max_epochs=2)
+    joined = [(x[32:], y[32:]) for _, x, y in model.seen if len(x) > 32]
+    assert len(joined) == 5  # all but the first step, before which there is no VAE
+    for x, y in joined:
+        assert torch.equal(model.first(x).argmax(1), y)
+    assert not torch.equal(model.first[1].weight, model.net[1].weight)
+
+
+def test_a_conditional_vae_labels_what_it_makes_in_batch_and_scoring() -> None:
+    callback = VAEAugmentCallback(classes=10, train_by="batch", adapt=False, warmup=1, share=1.0)
+    batches = []
+
+    class Scoring(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                batches.extend(callback.scoring_batches(trainer, pl_module, 400))
+
+    _, model = fit([pruner(), callback, Scoring()])
+    for y in (torch.cat([y for _, y in batches]), torch.cat([y[32:] for _, _, y in model.seen])):
+        counts = torch.bincount(y, minlength=10)
+        assert counts.min() > 0  # an untrained network would predict one or two classes
+
+
+def test_the_vae_learns_from_the_real_part_only() -> None:
+    class Noting(DenseVAE):
+        def terms(self, x, y=None):
+            sizes.append(len(x))
+            return super().terms(x, y)
+
+    sizes: list[int] = []
+    callback = VAEAugmentCallback(
+        Noting((8, 8)), inject=("train",), train_by="batch", adapt=False, warmup=1
+    )
+    fit([pruner(), callback])
+    assert set(sizes) == {32}
+
+
+def test_a_fault_in_a_sample_comes_before_the_step_and_leaves_nothing_joined() -> None:
+    class Breaking(DenseVAE):
+        def sample(self, n, labels=None):
+            samples = super().sample(n, labels)
+            return samples if int(self.steps) < 5 else samples * float("nan")
+
+    model = Digits()
+    callback = VAEAugmentCallback(
+        Breaking((8, 8)), inject=("train",), train_by="batch", adapt=False, warmup=1
+    )
+    trainer = None
+    with pytest.raises(GeneratorError, match="NaN or infinite"):
+        trainer, _ = fit([pruner(), callback], model=model)
+    assert trainer is None
+    assert len(model.seen) == 5
+    follow_up, other = fit([], max_epochs=1)
+    assert {len(x) for _, x, _ in other.seen} == {32}
+    assert "batch_to_device" not in vars(follow_up.strategy)
+
+
+@pytest.mark.parametrize("train_by", ["distill", "batch"])
+def test_the_factor_is_logged_and_falls_where_there_is_no_gap(train_by: str) -> None:
+    values = []
+
+    class Reading(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            values.append(trainer.callback_metrics.get("vae/mix"))
+
+    callback = VAEAugmentCallback(inject=("train",), train_by=train_by, warmup=1)
+    small = Digits(width=2)  # learns nothing by heart
+    fit([pruner(), callback, Reading()], model=small, train=slice(0, 640), max_epochs=4)
+    assert values[0] is None  # no teacher, nothing to weigh
+    assert float(values[-1]) == 0.0
+    sizes = [len(x) for epoch, x, _ in small.seen if epoch == 3]
+    assert set(sizes) == {32}
+
+
+def test_the_factor_stays_where_few_digits_are_learnt_by_heart() -> None:
+    model = Digits(width=64)
+    callback = VAEAugmentCallback(inject=("train",), warmup=1)
+    trainer, _ = fit([pruner(), callback], model=model, train=slice(0, 64), max_epochs=30)
+    assert float(trainer.callback_metrics["vae/mix"]) > 0.5
+
+
+def test_without_adapting_the_factor_is_one_and_not_logged() -> None:
+    trainer, _ = fit([pruner(), VAEAugmentCallback(adapt=False, warmup=1)])
+    assert "vae/mix" not in trainer.callback_metrics
+    assert trainer.callback_metrics["vae/distillation"] >= 0
+
+
+def test_a_given_teacher_is_followed_from_the_start_and_survives_training() -> None:
+    model = Digits()
+    fit([], model=model, max_epochs=5)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    callback = VAEAugmentCallback(inject=("train",), teacher=model, warmup=1, adapt=False)
+    trainer, _ = fit([callback], model=model, max_epochs=1)
+    assert "vae/distillation" in trainer.callback_metrics
+    assert all(torch.equal(callback._joining.teacher.weights[n], dense[n]) for n in dense)
+
+
+def test_a_teacher_of_another_shape_is_refused_before_the_first_step() -> None:
+    model = Digits()
+    callback = VAEAugmentCallback(teacher=Digits(width=5))
+    with pytest.raises(MisconfigurationException, match="`teacher`"):
+        fit([callback], model=model)
+    assert not model.seen
+
+
+@pytest.mark.parametrize("select", ["starved", "reconstructions", "interpolations"])
+def test_other_samples_are_used_in_both_places(select: str) -> None:
+    drawn = {}
+    for kind in ("prior", select):
+        callback = VAEAugmentCallback(select=kind, adapt=False, warmup=1)
+        trainer, model = fit([pruner(), callback])
+        assert trainer.callback_metrics["vae/distillation"] >= 0
+        drawn[kind] = model.state_dict()
+    assert any(not torch.equal(drawn["prior"][n], drawn[select][n]) for n in drawn[select])
+
+
+def test_a_generator_that_cannot_interpolate_is_refused_before_the_fit() -> None:
+    class Prior(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(8, 8))
+
+        def loss(self, x):
+            return (x - self.mean).square().mean()
+
+        def sample(self, n):
+            return self.mean.detach().expand(n, 8, 8).clone()
+
+    model = Digits()
+    with pytest.raises(TypeError, match="interpolate"):
+        fit([VAEAugmentCallback(Prior(), select="interpolations")], model=model)
+    assert not model.seen
+
+
+@pytest.mark.parametrize("train_by", ["distill", "batch"])
+@pytest.mark.parametrize("select", ["prior", "interpolations"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_been_interrupted(
+    tmp_path, train_by: str, select: str
+) -> None:
+    def run(epochs: int, **options):
+        callbacks = [pruner(), VAEAugmentCallback(train_by=train_by, select=select, warmup=1)]
+        return fit(callbacks, max_epochs=epochs, **options)
+
+    _, whole = run(4)
+    trainer, _ = run(2)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    _, resumed = run(4, ckpt_path=tmp_path / "c.ckpt")
+    state = whole.state_dict()
+    assert all(torch.equal(state[n], v) for n, v in resumed.state_dict().items())
+
+
+def test_faults_of_the_arguments_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"train_by") as caught:
+        VAEAugmentCallback(
+            train_by="both",  # type: ignore[arg-type]
+            encode=lambda x: x.float(),
+        )
+    assert "`encode`" in str(caught.value)
+    with pytest.raises(ValueError, match="train_by='distill' with encode"):
+        VAEAugmentCallback(train_by="batch", encode=lambda x: x, forward=lambda m, b: m(b))
+    with pytest.raises(ValueError, match="select"):
+        VAEAugmentCallback(select="best")  # type: ignore[arg-type]
+
+
+def test_accumulated_batches_and_a_last_short_one() -> None:
+    callback = VAEAugmentCallback(train_by="batch", adapt=False, warmup=1, share=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, model = fit([pruner(), callback], train=slice(0, 81), accumulate_grad_batches=2)
+    assert [len(x) for epoch, x, _ in model.seen if epoch == 1] == [40, 40, 21]
