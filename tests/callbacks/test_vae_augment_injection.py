@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -268,3 +270,42 @@ def test_accumulated_batches_and_a_last_short_one() -> None:
         warnings.simplefilter("ignore")
         _, model = fit([pruner(), callback], train=slice(0, 81), accumulate_grad_batches=2)
     assert [len(x) for epoch, x, _ in model.seen if epoch == 1] == [40, 40, 21]
+
+
+def test_two_processes_join_samples_of_one_conditional_vae(tmp_path) -> None:
+    """DDP over gloo: one VAE and one model, each process with samples of its own in its batch."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for kind in ("vae", "model"):
+        assert all(torch.equal(a, b) for a, b in zip(first[kind], second[kind], strict=True))
+    assert len(first["x"]) == len(second["x"]) == 48
+    assert not torch.equal(first["x"][32:], second["x"][32:])
+
+
+def _process(rank: int, store: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+    }
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    callback = VAEAugmentCallback("conv", classes=10, train_by="batch", adapt=False, warmup=1)
+    _, model = fit(
+        [pruner(), callback],
+        max_epochs=2,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+    )
+    torch.save(
+        {
+            "vae": [p.detach() for p in callback.vae.parameters()],
+            "model": [p.detach() for p in model.parameters()],
+            "x": model.seen[-2][1],  # the last one is short
+        },
+        f"{folder}/{rank}.pt",
+    )

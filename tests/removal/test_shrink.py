@@ -1,0 +1,329 @@
+"""What a model is besides its function: flags, modes, dtypes, a caller's contexts, errors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from lightning_prune.removal import RemovalError, shrink, shrink_with_report
+from tests.cases import Scaled
+from tests.removal.shrink_cases import Mapped, made, scattered
+
+
+def pruned_mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[5].weight[:, 2:] = 0
+    return model
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def same(a: nn.Module, b: nn.Module, x: Any = X) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(a).eval()(x), copy.deepcopy(b).eval()(x))
+
+
+def test_the_original_is_left_as_it_was() -> None:
+    model = pruned_mlp()
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    model(X).sum().backward()
+    model[2].register_forward_hook(lambda *_: None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    shrink(model, example_inputs=X, masks=scattered(model, 0.5))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    for old, parameter in zip(grads, model.parameters(), strict=True):
+        assert (old is None) == (parameter.grad is None)
+        assert old is None or torch.equal(old, parameter.grad)
+
+
+def test_the_random_state_is_left_as_it_was() -> None:
+    model = pruned_mlp()
+    before = torch.get_rng_state()
+    shrink(model, example_inputs=X)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_modes_flags_and_statistics_follow() -> None:
+    model = pruned_mlp()
+    model[0].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    model[1].eval()
+    small = shrink(model, example_inputs=X)
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert {n: p.requires_grad for n, p in small.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert all(p.grad is None for p in small.parameters())
+    assert (small[0].out_features, small[1].num_features, small[3].in_features) == (5, 5, 5)
+    assert torch.equal(small[1].running_var, model[1].running_var[3:])
+    assert small[1].num_batches_tracked == model[1].num_batches_tracked
+    same(model, small)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+)
+def test_the_caller_may_have_gradients_off(context: Any) -> None:
+    with context():
+        model = pruned_mlp()
+        small = shrink(model, example_inputs=torch.randn(5, 4))
+    assert small[0].out_features == 5
+    assert not any(p.is_inference() for p in small.parameters())
+    assert all(p.dtype == torch.float32 for p in small.parameters())
+
+
+def test_frozen_layers_are_cut_too() -> None:
+    model = pruned_mlp().requires_grad_(False)
+    small = shrink(model, example_inputs=X)
+    assert small[0].out_features == 5
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_stays(dtype: torch.dtype) -> None:
+    model = pruned_mlp().to(dtype)
+    small = shrink(model, example_inputs=X.to(dtype))
+    assert small[0].out_features == 5
+    floats = [t for t in small.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {dtype}
+
+
+def test_a_forward_that_wants_float32_is_compared_in_float32() -> None:
+    model = Mapped({"net": pruned_mlp()}, lambda m, x: m.net(x.float()))
+    small, report = shrink_with_report(model, example_inputs=X)
+    assert not report.exact
+    assert small.net[0].out_features == 5
+    same(model, small)
+
+
+def test_it_trains_on() -> None:
+    model = pruned_mlp()
+    small, report = shrink_with_report(model, example_inputs=X)
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    before = {name: p.detach().clone() for name, p in small.named_parameters() if p.dim() > 1}
+    F.cross_entropy(small(X), torch.tensor([0, 1, 0, 1, 0])).backward()
+    optimizer.step()
+    assert all(not torch.equal(old, small.get_parameter(name)) for name, old in before.items())
+    momentum = torch.arange(32.0).view(8, 4)
+    assert torch.equal(report.take("0.weight", momentum), momentum[3:])
+    assert torch.equal(report.take("5.bias", momentum), momentum)
+
+
+def test_hooks_and_own_weights_keep_a_layer_whole() -> None:
+    for spoil, why in (
+        (lambda m: m[3].register_forward_hook(lambda *_: None), "hooks"),
+        (lambda m: parametrizations.weight_norm(m[3]), "computed from other parameters"),
+    ):
+        model = pruned_mlp()
+        spoil(model)
+        _, report = shrink_with_report(model, example_inputs=X)
+        assert why in report.whole["3"]
+    model = pruned_mlp()
+    model[0] = Scaled(4, 8)
+    with torch.no_grad():
+        model[0].weight[:3] = 0  # its zeros are no zeros
+    small, report = shrink_with_report(model, example_inputs=X)
+    assert "forward of its own" in report.whole["0"]
+    same(model, small)
+
+
+def test_a_hidden_layer_that_is_an_output_is_not_cut() -> None:
+    def how(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = m.a(x)
+        return hidden, m.b(hidden)
+
+    model = Mapped({"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)}, how)
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+        model.a.weight[:2] = 0
+    _, report = shrink_with_report(model, example_inputs=X)
+    assert report.parameters_after == report.parameters_before
+    assert report.whole["a"] == "its units are outputs of the model"
+
+
+def test_what_is_read_behind_autograds_back_keeps_a_layer_whole() -> None:
+    model = Mapped(
+        {"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)},
+        lambda m, x: m.b(h := m.a(x).relu()) * h.detach().mean(1, keepdim=True),
+    )
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+    small, report = shrink_with_report(model, example_inputs=X)
+    assert "not the same" in report.whole["a"]
+    same(model, small)
+
+
+class Gate(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "branch" and x.mean() > 0:
+            return x * 2
+        if self.kind == "item":
+            return x * x.sum().item()
+        return F.dropout(x, 0.5, training=True) if self.kind == "random" else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("branch", r"'2' \(Gate\) reads a number"),
+        ("item", r"'2' \(Gate\) reads a number"),
+        ("random", "draws random numbers"),
+    ],
+)
+def test_a_forward_that_depends_on_the_data_is_refused(kind: str, why: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Gate(kind), nn.Linear(6, 2))
+    with pytest.raises(RemovalError, match=why):
+        shrink(model, example_inputs=X)
+
+
+def test_a_way_that_another_input_takes_is_named() -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x) if x.detach().numpy().max() > 2.0 else F.elu(x)
+
+    model = nn.Sequential(Hidden(), nn.Linear(4, 6), nn.Linear(6, 2))
+    with pytest.raises(RemovalError, match=r"'0' \(Hidden\) took another way"):
+        shrink(model, example_inputs=X * 0.5)
+
+
+def test_inputs_of_any_form() -> None:
+    parts = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)}
+    nn.init.zeros_(parts["b"].weight[:, :3])
+    model = Mapped(parts, lambda m, x, scale=1.0: m.b(m.a(x).relu()) * scale)
+    for inputs in (X, (X,), [X, torch.ones(5, 1)], {"x": X, "scale": torch.ones(5, 1)}, (X, 2.0)):
+        assert shrink(model, example_inputs=inputs).a.out_features == 3
+    batch = {"pixels": X, "labels": torch.zeros(5)}
+    small = shrink(model, example_inputs=batch, forward=lambda m, b: m(b["pixels"]))
+    assert small.a.out_features == 3
+
+
+def test_wrong_arguments_are_named() -> None:
+    model = pruned_mlp()
+    with pytest.raises(ValueError, match="round_to"):
+        shrink(model, example_inputs=X, round_to=0)
+    masks = {"nothing": torch.ones(1, dtype=torch.bool), "0.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"nothing(.|\n)*0\.weight"):
+        shrink(model, example_inputs=X, masks=masks)
+    with pytest.raises(RemovalError, match="return tensors"):
+        shrink(Mapped({"a": nn.Linear(4, 2)}, lambda m, x: "text"), example_inputs=X)
+
+
+def test_nothing_removed_is_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.warns(UserWarning, match="Nothing was removed"):
+        small = shrink(model, example_inputs=X)
+    assert small is not model
+
+
+class Digits(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def test_a_lightning_module_stays_one() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    x = x.float() / 16
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 128, num_workers=0)
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    model = Digits()
+    trainer = L.Trainer(max_epochs=3, **quiet)
+    trainer.fit(model, loader)
+    scores = model.net[0].weight.abs().sum(1)
+    kept = scores > scores.median()
+    masks = {
+        "net.0.weight": kept[:, None].expand(48, 64),
+        "net.1.weight": kept,
+        "net.1.bias": kept,
+    }
+    small = shrink(model, example_inputs=x[:16], masks=masks)
+    assert isinstance(small, Digits)
+    assert small._trainer is None
+    assert model.trainer is not None
+    assert small.net[0].out_features == int(kept.sum())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    results = [L.Trainer(**quiet).test(m, loader, verbose=False)[0] for m in (model, small)]
+    assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=1e-3)
+    L.Trainer(max_epochs=1, **quiet).fit(small, loader)  # and it trains on
+
+
+def test_a_sparse_network_of_real_digits_answers_the_same() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    x = x.float() / 16
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU())
+    model.append(nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    bar = torch.cat([p.detach().abs().flatten() for p in weights.values()]).quantile(0.98)
+    masks = {name: p.detach().abs() > bar for name, p in weights.items()}
+    small, report = shrink_with_report(model, example_inputs=x[:8], masks=masks)
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.mul_(masks[name])
+        want, got = model(x), small(x)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(got.argmax(1), want.argmax(1))
+    assert report.parameters_after < 0.5 * report.parameters_before
+
+
+def test_the_report_says_what_fell_and_what_did_not() -> None:
+    model, inputs = made("transformer", 0)
+    _, report = shrink_with_report(model, example_inputs=inputs, masks=scattered(model, 0.95))
+    text = str(report)
+    for part in ("layer.linear1: 32 ->", "layer.self_attn kept whole", "rounds", "parameters"):
+        assert part in text
