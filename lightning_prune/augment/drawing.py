@@ -6,8 +6,7 @@ the generator is conditional. Every draw is a function of the seed and of its pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -20,7 +19,7 @@ from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.augment.protocol import Samples, checked_sample
 from lightning_prune.augment.vae import VAE
-from lightning_prune.passes.isolation import derived_seed, evaluating, own_randomness
+from lightning_prune.passes.isolation import derived_seed, evaluating
 
 Select: TypeAlias = Literal["prior", "starved", "reconstructions", "interpolations"]
 """What is injected: plain samples; of more samples those from which a saliency learns most; what
@@ -141,7 +140,11 @@ class Drawing:
         elbo = None
         if isinstance(fitter.vae, VAE):
             index = fitter.draws[place.purpose] if place.index is None else place.index
-            with _apart(fitter, place, index, "elbo"), torch.no_grad(), evaluating(fitter.vae):
+            with (
+                fitter.isolated(place.purpose, index, place.rank, "elbo"),
+                torch.no_grad(),
+                evaluating(fitter.vae),
+            ):
                 parts = zip(torch.split(pool, size), _split(labels, len(pool), size), strict=True)
                 elbo = torch.cat([fitter.vae.elbo(x, y) for x, y in parts])
         chosen = self.starved(pool, logits, n, elbo=elbo, likelihood=injection.likelihood)
@@ -158,7 +161,11 @@ class Drawing:
         )
         make = reconstructions if self.select == "reconstructions" else interpolations
         labels = None if fitter.classes is None else _classes_of(form)
-        with _apart(fitter, place, index, "noise"), torch.no_grad(), evaluating(fitter.vae):
+        with (
+            fitter.isolated(place.purpose, index, place.rank, "noise"),
+            torch.no_grad(),
+            evaluating(fitter.vae),
+        ):
             real = form.inputs.detach().to(fitter.device)
             vae: Any = fitter.vae
             made, classes = make(vae, real.clone(), n, random, labels)
@@ -171,17 +178,6 @@ class Drawing:
                 trained=fitter.trained,
             )
         return Samples(inputs, classes)
-
-
-@contextmanager
-def _apart(fitter: GeneratorFitter, place: Place, index: int, what: str) -> Iterator[None]:
-    """Outside inference mode and autocast, on random numbers that are a function of the draw."""
-    with (
-        torch.inference_mode(False),
-        torch.autocast(fitter.device.type, enabled=False),
-        own_randomness(fitter.device, fitter.seed, place.purpose, index, place.rank, what),
-    ):
-        yield
 
 
 def _split(labels: Tensor | None, n: int, size: int) -> Sequence[Tensor | None]:

@@ -116,7 +116,7 @@ class GeneratorFitter:
         self.batches += 1
         if self.optimizer is None:
             return {}
-        with self._isolated("fit", self.batches, rank), torch.enable_grad():
+        with self.isolated("fit", self.batches, rank), torch.enable_grad():
             terms = self._terms(_ordinary(x), None if y is None else _ordinary(y))
             gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 terms["loss"], self.parameters, allow_unused=True
@@ -161,7 +161,7 @@ class GeneratorFitter:
         if index is None:
             index = self.draws[purpose] = self.draws.get(purpose, 0) + 1
         name, labels = type(self.vae).__name__, None
-        with self._isolated(purpose, index, rank), torch.no_grad(), evaluating(self.vae):
+        with self.isolated(purpose, index, rank), torch.no_grad(), evaluating(self.vae):
             if isinstance(self.vae, VAE) and self.vae.classes is not None:
                 sample, labels = self.vae.sample_labelled(n)
                 labels = checked_labels(
@@ -262,7 +262,8 @@ class GeneratorFitter:
         self.draws = dict(state["draws"])
 
     @contextmanager
-    def _isolated(self, *key: int | str) -> Iterator[None]:
+    def isolated(self, *key: int | str) -> Iterator[None]:
+        """Run a block outside inference mode and autocast, on random numbers that follow a key."""
         with (
             torch.inference_mode(False),
             torch.autocast(self.device.type, enabled=False),

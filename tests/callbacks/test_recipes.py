@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_prune.callbacks import recipes
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
@@ -27,6 +24,7 @@ from tests.callbacks.pruning_cases import (
     trainer,
     weights,
 )
+from tests.two_processes import join_group
 
 EPOCHS = 6
 
@@ -151,18 +149,8 @@ def test_two_processes_end_with_the_same_network(tmp_path) -> None:
 
 
 def _process(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/s", rank=rank, world_size=2)
-    model, strategy = make_model(), DDPStrategy(process_group_backend="gloo")
+    strategy = join_group(rank, f"{folder}/s")
+    model = make_model()
     run = trainer(*recipes.best(0.9, 3, distill=True), max_epochs=3, devices=2, strategy=strategy)
     run.fit(model, *loaders(train=256))
     loss = float(run.callback_metrics["distill/loss"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-
 import lightning as L
 import pytest
 import torch
@@ -21,6 +18,7 @@ from lightning_prune.augment.mixing import Distillation, distillation_loss
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
 from lightning_prune.passes.teacher import Teacher
+from tests.two_processes import join_group
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32)[:96].flatten(1) / 16
@@ -344,18 +342,7 @@ def test_two_processes_train_one_vae_and_one_model(tmp_path):
 
 
 def _process(rank, store, folder):
-    warnings.simplefilter("ignore")
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    strategy = DDPStrategy(process_group_backend="gloo")
+    strategy = join_group(rank, store)
     recorder, model, callback = run(devices=2, strategy=strategy, max_epochs=2)
     step, batch = len(recorder.weights) - 1, recorder.generated[-1]
     student = Model()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import SaliencyPruningCallback, VAEAugmentCallback
 from lightning_prune.augment import DenseVAE, GeneratorError
+from tests.two_processes import join_group
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32).div(16)
@@ -283,23 +282,13 @@ def test_two_processes_join_samples_of_one_conditional_vae(tmp_path) -> None:
 
 
 def _process(rank: int, store: str, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    strategy = join_group(rank, store)
     callback = VAEAugmentCallback("conv", classes=10, train_by="batch", adapt=False, warmup=1)
     _, model = fit(
         [pruner(), callback],
         max_epochs=2,
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy,
     )
     torch.save(
         {
