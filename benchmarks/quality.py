@@ -14,7 +14,7 @@ Families:
                    8, the learning rate decayed in the last third. Its base is chosen for each
                    (network, arm) on the validation part by seeds of their own.
     structured     the same training, whole hidden units removed, a row at each of two shares; half
-                   of the arms are torch-pruning's, of the extra `benchmarks`.
+                   of the arms are torch-pruning's, of the extra `removal`.
     tuning         the choices of a base: accuracy and loss on the validation part.
 
 The order of the work is by network, then seed, then family, then arm, the most telling arms first.

@@ -28,8 +28,8 @@ class Distillation:
             for more (Hinton et al. 2015). Without effect on a ``gaussian`` likelihood.
     """
 
-    weight: float = 0.3
-    temperature: float = 2.0
+    weight: float = 0.9
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight < 1.0:

@@ -21,6 +21,7 @@ from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import ScoringOptions, callbacks_of, is_fitting
+from lightning_prune.callbacks.shrinking import Shrinking
 from lightning_prune.masking import sparsity
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Likelihood, Target
@@ -71,6 +72,9 @@ class SaliencyPruningCallback(Callback):
             validation.
         scoring_loader: Batches to score instead of the validation's, at the moment of an event: an
             iterable, or the name of a method of the module or datamodule that returns one.
+        shrink_at_end: After the fit, make a module without what was pruned, see :attr:`shrunk`.
+            True proves it on samples of the fit's first batch; or give example inputs, as for
+            :func:`~lightning_prune.shrink`. Needs the extra ``removal``.
         seed: For ``criterion="random"``.
 
     Raises:
@@ -104,6 +108,7 @@ class SaliencyPruningCallback(Callback):
         refit: bool | Refit = False,
         every_n_train_steps: int | None = None,
         scoring_loader: Any = None,
+        shrink_at_end: Any = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -120,6 +125,7 @@ class SaliencyPruningCallback(Callback):
             rewind=rewind,
             refit=refit_method(refit),
         )
+        self._shrinking = Shrinking.of(shrink_at_end, forward)
         self._logged_epoch = -1
         self._logged: dict[str, float] = {}
         # Lightning asks for it several times a step.
@@ -142,6 +148,15 @@ class SaliencyPruningCallback(Callback):
     def sparsity(self) -> float:
         """The share of all prunable weights that is removed."""
         return sparsity(self.masks)
+
+    @property
+    def shrunk(self) -> LightningModule | None:
+        """After a fit with ``shrink_at_end``: a module that does the same with fewer numbers.
+
+        For ``trainer.test``, ``trainer.predict``, further training, saving. The module that was
+        trained stays as it is, with zeros. None where nothing was made; a warning says why.
+        """
+        return self._shrinking.module
 
     @property
     def history(self) -> list[PruningRecord]:
@@ -170,6 +185,7 @@ class SaliencyPruningCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         preflight.refuse_trainer(trainer)
+        self._shrinking.check()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,6 +258,7 @@ class SaliencyPruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # A run resumed between two epochs may come here without on_train_epoch_start.
+        self._shrinking.see(batch)
         self._pruner.keeper.follow(trainer.optimizers)
         self._pruner.prune_if_due(trainer, pl_module)
 
@@ -271,6 +288,7 @@ class SaliencyPruningCallback(Callback):
             reporting.log_after_fit(trainer, self._metrics())
         if self._pruner.state.history:
             rank_zero_info(f"Pruning, event by event:\n{self.report()}")
+        self._shrinking.finish(trainer, pl_module)
 
     @override
     def on_exception(
@@ -281,6 +299,7 @@ class SaliencyPruningCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pruner.let_go()
+        self._shrinking.let_go()
         reporting.give_back(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import SaliencyPruningCallback, prune, recipes, sparsity
+from lightning_prune import (
+    SaliencyPruningCallback,
+    export_onnx,
+    prune,
+    recipes,
+    shrink,
+    sparsity,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -57,7 +64,7 @@ def what_a_user_has() -> dict[str, Any]:
 
 
 def test_the_two_calls_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, code = blocks()
+    _, code, _ = blocks()
     names = what_a_user_has()
     given = {"L": L, "recipes": recipes, "prune": prune, "batches": names["val_loader"]}
     monkeypatch.chdir(tmp_path)
@@ -67,8 +74,22 @@ def test_the_two_calls_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.Mon
     assert sparsity(names["model"]) == pytest.approx(0.98, abs=1e-3)
 
 
+def test_the_smaller_model_is_made_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, code = blocks()
+    model, x = Classifier(), torch.rand(20, 64)
+    with torch.no_grad():
+        model.network[2].weight[:, :20] = 0
+    monkeypatch.chdir(tmp_path)
+    names = {"shrink": shrink, "export_onnx": export_onnx, "model": model, "x": x}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["small"].network[0].out_features == 12
+    assert (tmp_path / "small.onnx").stat().st_size > 0
+
+
 def test_the_ten_lines_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, _ = blocks()
+    code, *_ = blocks()
     assert len(code.splitlines()) <= 12
     names = what_a_user_has()
     monkeypatch.chdir(tmp_path)  # Lightning's default logger writes here

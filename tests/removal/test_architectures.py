@@ -47,7 +47,7 @@ SHARE_LEFT = {
     "squeeze_excite": 0.4,
     "concatenated_input": 0.3,
     "mixer": 0.8,
-    "split_in_two": 1.0,
+    "split_in_two": 0.5,
     "written_width": 0.5,
 }
 """At most so much of the parameters is left at 97 %."""

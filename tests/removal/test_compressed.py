@@ -242,7 +242,7 @@ def test_a_file_cut_short(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["0.values", "0.gaps", "1.values", "1.mask", "2.dense", "missing"]
+    "piece", ["0.values", "0.gaps", "1.values", "1.mask", "2.dense", "one", "missing"]
 )
 def test_parts_that_do_not_fit(piece, tmp_path) -> None:
     half = torch.randn(400) * (torch.arange(400) % 2)
@@ -253,6 +253,8 @@ def test_parts_that_do_not_fit(piece, tmp_path) -> None:
     if piece == "missing":
         layout = [*json.loads(header["layout"]), {"name": "d", "shape": [1], "dtype": "float32"}]
         header["layout"] = json.dumps(layout)
+    elif piece == "one":  # a single value would go to all places
+        parts["0.values"] = parts["0.values"][:1]
     else:
         parts[piece] = parts[piece][:-1]
     safetensors.save_file(parts, tmp_path / "y", metadata=header)

@@ -49,6 +49,9 @@ def test_round_off_is_let_through_and_more_is_not() -> None:
     check_rounding(exact, rounded, [rounded[0] * (1 + 1e-6)])
     with pytest.raises(RemovalError, match="no model is returned"):
         check_rounding(exact, rounded, [rounded[0] * (1 + 1e-4)])
+    check_rounding(exact, exact, [exact[0] * (1 + 1e-12)])
+    with pytest.raises(RemovalError, match="no model is returned"):
+        check_rounding(exact, exact, [exact[0] * (1 + 1e-8)])
 
 
 def test_a_wrong_cut_is_undone_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,3 +162,28 @@ def test_widths_are_rounded_up(round_to: int, width: int) -> None:
         model[2].weight[:, 5:] = 0
     small, _ = shrink_with_report(model, example_inputs=torch.randn(4, 3), round_to=round_to)
     assert small[0].out_features == small[2].in_features == width
+
+
+def test_a_batch_norm_scale_of_zero_is_a_constant_channel() -> None:
+    model, inputs = made("resnet", 0)
+    model, inputs = model.double(), in_double(inputs)
+    with torch.no_grad():  # network slimming: only scales are zero
+        model[4].bn1.weight[::2] = 0
+    small, report = shrink_with_report(model, example_inputs=inputs)
+    # Shifts below zero die in the ReLU; the others become one channel behind the zero padding.
+    shifts = model[4].bn1.bias[::2]
+    assert small[4].one.out_channels == 6 + int(bool((shifts > 0).any()))
+    assert report.parameters_after < report.parameters_before
+    for each in fresh(inputs, 0):
+        assert largest_difference(model, small, each) < 1e-9
+
+
+def test_halves_that_are_multiplied_fall_together() -> None:
+    model, inputs = made("split_in_two", 0)
+    with torch.no_grad():
+        model.head.weight[:, 2:] = 0
+    small, report = shrink_with_report(model, example_inputs=inputs)
+    assert (small.into.out_features, small.head.in_features) == (4, 2)
+    assert report.origins["into.bias"].tolist() == [0, 1, 8, 9]
+    for each in fresh(inputs, 0):
+        assert largest_difference(model.double(), small.double(), each) < 1e-6

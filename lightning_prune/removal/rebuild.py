@@ -1,0 +1,112 @@
+"""A smaller model on disk: its widths beside its weights, and the loader that rebuilds it.
+
+A ``state_dict`` of a smaller model does not load into a freshly built one, since the widths differ.
+Here they travel along. Nothing is pickled but tensors, names and numbers.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.removal import layers
+from lightning_prune.removal.proof import RemovalError
+
+_FORMAT = "lightning_prune.removal"
+_VERSION = 1
+
+
+def save_shrunk(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a smaller model's weights and widths to a file.
+
+    Args:
+        model: What :func:`~lightning_prune.removal.shrink` returned, perhaps trained on.
+        path: Where to.
+    """
+    sizes = {
+        name: layers.sizes(module)
+        for name, module in model.named_modules()
+        if isinstance(module, layers.KNOWN)
+    }
+    content = {"format": _FORMAT, "version": _VERSION, "sizes": sizes, "state": model.state_dict()}
+    torch.save(content, path)
+
+
+def load_shrunk(path: str | PathLike[str], model: nn.Module) -> nn.Module:
+    """Read a file of :func:`save_shrunk` into a freshly built dense model.
+
+    Args:
+        path: The file. It is read with ``weights_only=True``.
+        model: The model as it was before it was shrunk; its weights do not matter. It is changed in
+            place: its layers are given the saved widths, then the saved weights.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        RemovalError: The file is of another kind, or of another model.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> small = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_shrunk(small, Path(folder) / "small.pt")
+        ...     load_shrunk(Path(folder) / "small.pt", dense)[0]
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise RemovalError(f"Expected a file written by save_shrunk, but got {path}.")
+    if content["version"] != _VERSION:
+        raise RemovalError(
+            f"Expected a file of version {_VERSION}, but {path} has version {content['version']}."
+        )
+    state: dict[str, Tensor] = content["state"]
+    _check_names(model, content["sizes"], state)
+    for name, sizes in content["sizes"].items():
+        _resize(model.get_submodule(name), sizes, name, state)
+    model.load_state_dict(state)
+    return model
+
+
+def _check_names(model: nn.Module, sizes: dict[str, Any], state: dict[str, Tensor]) -> None:
+    own = {name for name, module in model.named_modules() if isinstance(module, layers.KNOWN)}
+    faults = [f"the model has no layer {name!r}" for name in sizes if name not in own]
+    faults += [f"the file has no layer {name!r}" for name in sorted(own - set(sizes))]
+    inside = tuple(f"{name}.".lstrip(".") for name in sizes)
+    for name, tensor in model.state_dict().items():
+        if name not in state:
+            faults.append(f"the file has no {name!r}")
+        elif not name.startswith(inside) and state[name].shape != tensor.shape:
+            faults.append(
+                f"{name!r} is {tuple(tensor.shape)} in the model, {tuple(state[name].shape)} "
+                "in the file"
+            )
+    if faults:
+        listed = "\n- ".join(["Expected a model built like the one that was saved:", *faults])
+        raise RemovalError(listed)
+
+
+def _resize(module: nn.Module, sizes: dict[str, int], name: str, state: dict[str, Tensor]) -> None:
+    for attribute, size in sizes.items():
+        setattr(module, attribute, size)
+    for local in ("weight", "bias", "running_mean", "running_var"):
+        saved = state.get(f"{name}.{local}".lstrip("."))
+        current = getattr(module, local, None)
+        if saved is None:
+            continue
+        if current is None:  # a bias that took constants in
+            weight: Any = module._parameters["weight"]
+            new = torch.empty(saved.shape, dtype=weight.dtype, device=weight.device)
+            setattr(module, local, nn.Parameter(new, requires_grad=weight.requires_grad))
+        elif current.shape != saved.shape:
+            new = torch.empty(saved.shape, dtype=current.dtype, device=current.device)
+            if isinstance(current, nn.Parameter):
+                setattr(module, local, nn.Parameter(new, requires_grad=current.requires_grad))
+            else:
+                module._buffers[local] = new

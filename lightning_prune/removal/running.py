@@ -1,0 +1,97 @@
+"""How a model is run to be proved right: its inputs, inputs like them, and what comes out.
+
+Enters: a model, example inputs, perhaps a ``forward``. Leaves: tensors, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.passes.batches import outside_inference_mode
+from lightning_prune.removal.proof import RemovalError
+
+Run: TypeAlias = Callable[[nn.Module, Any], list[Tensor]]
+"""``run(model, inputs)``: the tensors in the model's output."""
+
+
+def runner(forward: Callable[[nn.Module, Any], Any] | None) -> Run:
+    """Return the function that runs a model on inputs and lists the tensors of its output.
+
+    Args:
+        forward: ``forward(model, inputs)``; by default a tensor is the model's one argument, a
+            tuple or list its positional ones, and a mapping its keyword arguments.
+    """
+
+    def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+        if forward is not None:
+            output = forward(model, inputs)
+        elif isinstance(inputs, Mapping):
+            output = model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            output = model(*inputs)
+        else:
+            output = model(inputs)
+        return tensors_in(output, model)
+
+    return run
+
+
+def tensors_in(output: Any, model: nn.Module) -> list[Tensor]:
+    """List the tensors in a nested output, in a fixed order.
+
+    Raises:
+        RemovalError: There is none.
+    """
+    found = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module):
+            found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
+    if not found:
+        raise RemovalError(
+            f"Expected {type(model).__name__} to return tensors, nested in any way, but got a "
+            f"{type(output).__name__} without any. Pass `forward=lambda model, inputs: tensor`."
+        )
+    return found
+
+
+def floats_as(inputs: Any, dtype: torch.dtype | None) -> Any:
+    """Return the inputs as tensors of our own, the floating-point ones in ``dtype`` if given."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        own = leaf.detach().clone()
+        return own.to(dtype) if dtype is not None and own.is_floating_point() else own
+
+    return pytree.tree_map(cast, outside_inference_mode(inputs))
+
+
+def probes(inputs: Any) -> list[Any]:
+    """Return the inputs and random ones of the same shapes.
+
+    Floating-point tensors are drawn with the mean and the standard deviation of the example, once
+    about its mean and once about zero and three times as wide; all others are permuted.
+    """
+    return [inputs, _redrawn(inputs, 1.0, 1.0), _redrawn(inputs, 0.0, 3.0)]
+
+
+def _redrawn(inputs: Any, centre: float, width: float) -> Any:
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.numel():
+            return leaf
+        if not leaf.is_floating_point():
+            order = torch.randperm(leaf.numel()).to(leaf.device)
+            return leaf.reshape(-1)[order].reshape(leaf.shape)
+        spread = leaf.std(correction=0)
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        noise = torch.randn(leaf.shape, dtype=leaf.dtype).to(leaf.device)
+        return leaf.mean() * centre + noise * spread * width
+
+    return pytree.tree_map(draw, inputs)
