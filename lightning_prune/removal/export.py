@@ -7,6 +7,7 @@ is no file.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -252,10 +253,17 @@ def _naming(model: nn.Module, kind: str, dynamic: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # torch 2.13 asks itself a question that it has deprecated; nobody who exports can change that.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        yield
+    # torch 2.13 asks itself a question that it has deprecated, and regrets that torchvision, which
+    # nobody here needs, is not there; nobody who exports can change that.
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def _required(package: str) -> None:
