@@ -19,6 +19,7 @@ from pathlib import Path
 import lightning as L
 import onnxruntime  # type: ignore[import-untyped]
 import torch
+from low_data import quiet_trainer
 from mnist import Classifier, Digits, lenet
 from torch import Tensor, nn
 
@@ -33,19 +34,6 @@ from lightning_prune import (
     save_compressed,
     save_shrunk,
 )
-
-
-def quiet_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """Return a Trainer that writes nothing."""
-    return L.Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
 
 
 def accuracy(answers: Tensor, labels: Tensor) -> float:

@@ -17,7 +17,7 @@ from lightning_prune.augment.choosing import Starved, interpolations, reconstruc
 from lightning_prune.augment.fitting import GeneratorFitter
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
-from lightning_prune.augment.protocol import Samples, checked_sample
+from lightning_prune.augment.protocol import Samples
 from lightning_prune.augment.vae import VAE
 from lightning_prune.passes.isolation import derived_seed, evaluating
 
@@ -169,15 +169,7 @@ class Drawing:
             real = form.inputs.detach().to(fitter.device)
             vae: Any = fitter.vae
             made, classes = make(vae, real.clone(), n, random, labels)
-            inputs = checked_sample(
-                made,
-                (n, *fitter.shape),
-                fitter.dtype,
-                fitter.device,
-                call=f"{type(vae).__name__}.interpolate(...)",
-                trained=fitter.trained,
-            )
-        return Samples(inputs, classes)
+            return Samples(fitter.checked(made, n, call="interpolate(...)"), classes)
 
 
 def _split(labels: Tensor | None, n: int, size: int) -> Sequence[Tensor | None]:

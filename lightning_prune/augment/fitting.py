@@ -169,15 +169,23 @@ class GeneratorFitter:
                 )
             else:
                 sample = self.vae.sample(n)  # type: ignore[operator]
-            inputs = checked_sample(
-                sample,
-                (n, *self.shape),
-                self.dtype,
-                self.device,
-                call=f"{name}.sample({n})",
-                trained=self.trained,
-            )
+            inputs = self.checked(sample, n, call=f"sample({n})")
         return Samples(inputs, labels)
+
+    def checked(self, sample: Any, n: int, *, call: str) -> Tensor:
+        """Return what a call of the generator gave as ``n`` inputs, detached.
+
+        Raises:
+            GeneratorError: It is something else.
+        """
+        return checked_sample(
+            sample,
+            (n, *self.shape),
+            self.dtype,
+            self.device,
+            call=f"{type(self.vae).__name__}.{call}",
+            trained=self.trained,
+        )
 
     def accepts(self, x: Tensor) -> bool:
         """Whether a batch has the shape and the kind of dtype the generator was made for."""
