@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune.augment.conditional import condition_of
 from lightning_prune.augment.feature_encoder import FeatureHeads
-from lightning_prune.augment.fitting import GeneratorFitter, Samples
+from lightning_prune.augment.fitting import GeneratorFitter
 from lightning_prune.augment.input_range import InputRange
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.encoding import encoded, read_form
@@ -206,15 +206,6 @@ class CoTraining:
             if not self.training.offload:
                 self.fitter.to(pl_module.device)
             self._connect(self.fitter)
-
-    def draw(self, trainer: Trainer, n: int) -> Tensor:
-        """Return ``n`` inputs for the run; each process gets its own."""
-        return self.draw_labelled(trainer, n).inputs
-
-    def draw_labelled(self, trainer: Trainer, n: int) -> Samples:
-        """Return ``n`` inputs for the run, with their classes from a conditional VAE of ours."""
-        with self.in_use() as fitter:
-            return fitter.draw_labelled(n, "inject", rank=trainer.global_rank)
 
     def generate(self, n: int, purpose: str = "generate", index: int | None = None) -> Tensor:
         """Return ``n`` inputs outside of the run's own draws."""

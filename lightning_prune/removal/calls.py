@@ -96,7 +96,12 @@ def copied(model: Model) -> Model:
         for name in ("_trainer", "_fabric")
         if vars(module).get(name) is not None
     ]
-    return copy.deepcopy(model, {id(one): None for one in attached})
+    twin = copy.deepcopy(model, {id(one): None for one in attached})
+    for module in twin.modules():
+        if "_metric_attributes" in vars(module):
+            # A LightningModule's notes on its metrics, by identity: a copy has others.
+            vars(module)["_metric_attributes"] = None
+    return twin
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from lightning_prune._types import Masks
 from lightning_prune.masking.apply import zero_removed
 from lightning_prune.removal import layers
+from lightning_prune.removal.calls import copied
 from lightning_prune.removal.constants import fold, merge
 from lightning_prune.removal.dead_units import Plan
 
@@ -26,20 +26,11 @@ def masked_copy(model: nn.Module, masks: Masks | None) -> nn.Module:
     Raises:
         ValueError: A mask fits no parameter.
     """
-    without: dict[int, Any] = {}
-    for module in model.modules():
-        for attribute in ("_trainer", "_fabric"):  # of a LightningModule; a copy has none
-            held = module.__dict__.get(attribute)
-            if held is not None:
-                without[id(held)] = None
-    twin = copy.deepcopy(model, without)
+    twin = copied(model)
     if masks is not None:
         zero_removed(dict(twin.named_parameters()), masks)
     for module in twin.modules():
         module.training = False
-        if "_metric_attributes" in vars(module):
-            # A LightningModule's notes on its metrics, by identity: a copy has others.
-            vars(module)["_metric_attributes"] = None
     return twin
 
 
