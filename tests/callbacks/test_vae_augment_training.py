@@ -106,9 +106,9 @@ def test_a_conditional_convolutional_vae_learns_which_class_is_which():
     y = torch.tensor(DIGITS.target)
     x, y = torch.tensor(DIGITS.images, dtype=torch.float32)[y < 2], y[y < 2]
     pruner = Event()
-    trainer, _model = fit([callback, pruner], train=loader(x, y), val=loader(x, y), max_epochs=30)
+    fit([callback, pruner], train=loader(x, y), val=loader(x, y), max_epochs=30)
     assert isinstance(callback.vae, ConvVAE)
-    made, labels = callback._training.draw_labelled(trainer, 200)
+    made, labels = callback._training.built.draw_labelled(200, "inject")
     assert made.shape == (200, 8, 8)
     means = torch.stack([x[y == k].mean(0).flatten() for k in (0, 1)])
     nearest = torch.cdist(made.flatten(1), means).argmin(1)
