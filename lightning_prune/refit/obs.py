@@ -6,9 +6,9 @@ Enters: a model, masks, batches. Leaves: a price for each weight of linear layer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from lightning_prune._targets import raise_faults
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.batches import batch_size, default_forward, outside_inference_mode
-from lightning_prune.refit.borrowing import borrowed
+from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.refit.borrowing import borrowed, device_of
 from lightning_prune.refit.calibration import Likelihood
-from lightning_prune.refit.columns import as_rows
+from lightning_prune.refit.columns import Linear, as_rows, groups
 from lightning_prune.refit.gram import Moments
-from lightning_prune.refit.layers import Layer, calls_of, find_layers
+from lightning_prune.refit.layers import Layer, find_layers, watching
 from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridge_for, ridged
 from lightning_prune.refit.output_saliency import output_saliency
+
+GRAM_BYTES = 256 * 2**20
+"""Layers whose Gram matrices fit in here share a forward pass."""
 
 
 def obs_prices(
@@ -82,8 +86,9 @@ def obs_prices(
             are no batches.
         NonFiniteScoresError: Logits, inputs or prices are not finite.
 
-    Cost: one forward pass and one backward pass a class, one forward pass a layer up to that layer,
-    and K^3 of work for each different set of survivors of rows of length K.
+    Cost: one forward pass and one backward pass a class, another forward pass for every 256 MiB of
+    Gram matrices (K^2 numbers of 8 bytes each), and K^3 of work for each different set of survivors
+    of rows of length K.
 
     Source: LeCun, Denker and Solla, 1990, "Optimal brain damage"; Hassibi and Stork, 1993, "Second
     order derivatives for network pruning: Optimal Brain Surgeon"; for convolutions Grosse and
@@ -117,8 +122,7 @@ def obs_prices(
         saliency = output_saliency(model, layers, batches, forward, likelihood, temperature)
     prices: Scores = {}
     with borrowed(model):
-        for layer in layers:
-            moments = _moments(model, layer, batches, forward)
+        for layer, moments in _moments(model, layers, batches, forward):
             keep = masks.get(layer.name, torch.ones_like(layer.weight, dtype=torch.bool))
             prices[layer.name] = _price(layer, moments, keep, saliency[layer.name] / samples, ridge)
     return {name: prices[name] for name in names}
@@ -138,12 +142,38 @@ def _raise_left(left: dict[str, str]) -> None:
         )
 
 
-def _moments(model: nn.Module, layer: Layer, batches: list[Any], forward: Forward) -> Moments:
-    moments = Moments.empty(layer, bias=False)
-    for index, batch in enumerate(batches):
-        for inputs, _ in calls_of(layer, partial(forward, model, batch), index):
-            moments.add(layer.module, inputs)
-    return moments
+def _together(layers: list[Layer]) -> Iterator[list[Layer]]:
+    """Yield layers whose Gram matrices are held at once: as many as fit, at least one."""
+    part: list[Layer] = []
+    size = 0
+    for layer in layers:
+        columns = as_rows(layer.module, layer.weight).shape[2]
+        more = 8 * groups(layer.module) * columns**2
+        if part and size + more > GRAM_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(layer)
+        size += more
+    yield part
+
+
+def _moments(
+    model: nn.Module, layers: list[Layer], batches: list[Any], forward: Forward
+) -> Iterator[tuple[Layer, Moments]]:
+    """Yield each layer with the moments of its inputs, some layers from one pass."""
+    for part in _together(layers):
+        found: dict[nn.Module, Moments] = {
+            layer.module: Moments.empty(layer, bias=False) for layer in part
+        }
+        see = partial(_add, found)
+        for index, batch in enumerate(batches):
+            with own_randomness(device_of(model), "refit", index), watching(found, see):
+                forward(model, batch)
+        yield from ((layer, found.pop(layer.module)) for layer in part)
+
+
+def _add(found: dict[nn.Module, Moments], module: nn.Module, inputs: Tensor, _: Tensor) -> None:
+    found[module].add(cast(Linear, module), inputs)
 
 
 def _price(

@@ -65,18 +65,22 @@ def output_saliency(
         owners = [layer for layer, _ in edges]
         directions = list(_directions(logits, likelihood, temperature, index))
         for i, direction in enumerate(directions):
+            (at_logits,) = torch.autograd.grad(direction, logits, retain_graph=True)
+            # Squares of what sure predictions send down would vanish in float32.
+            unit = at_logits.abs().amax().clamp_min(torch.finfo(at_logits.dtype).tiny)
             found = torch.autograd.grad(
-                direction,
+                logits,
                 [edge for _, edge in edges],
+                at_logits / unit,
                 retain_graph=i + 1 < len(directions),
                 allow_unused=True,
             )
             for layer, gradient in zip(owners, found, strict=True):
                 if gradient is not None:
-                    g = _by_row(layer, gradient)
-                    squares = g.square().sum(0)
+                    squares, places = _squares_by_row(layer, gradient)
+                    squares *= float(unit) ** 2
                     totals[layer.name] = totals.get(layer.name, torch.zeros_like(squares)) + squares
-                    positions[layer.name] += len(g) if i == 0 else 0
+                    positions[layer.name] += places if i == 0 else 0
     return {
         layer.name: totals.get(layer.name, torch.zeros(layer.weight.shape[0], dtype=torch.float64))
         / max(1.0, positions[layer.name] / max(1, samples))
@@ -110,14 +114,21 @@ def _forward(
     return logits, edges
 
 
-def _by_row(layer: Layer, gradient: Tensor) -> Tensor:
-    """Reshape an output gradient to (M, D_out), in float64 where there is such a thing."""
+def _squares_by_row(layer: Layer, gradient: Tensor) -> tuple[Tensor, int]:
+    """Return the squares of an output gradient summed over samples and positions, and their number.
+
+    The positions of a sample are summed as the gradient lies in memory and in its own precision;
+    samples in float64, where there is such a thing.
+    """
     device = torch.device("cpu") if gradient.device.type == "mps" else gradient.device
-    gradient = gradient.to(device).double()
-    if not isinstance(layer.module, nn.Linear):
-        axis = gradient.ndim - 1 - len(layer.module.kernel_size)
-        gradient = gradient.movedim(axis, -1)
-    return gradient.reshape(-1, gradient.shape[-1])
+    if isinstance(layer.module, nn.Linear):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return rows.to(device).double().square().sum(0), len(rows)
+    axis = gradient.ndim - 1 - len(layer.module.kernel_size)
+    rows = gradient.flatten(axis + 1)
+    rows = rows if axis else rows[None]  # without a batch axis
+    squares = torch.linalg.vecdot(rows, rows).to(device).double().sum(0)
+    return squares, len(rows) * rows.shape[-1]
 
 
 def _directions(
