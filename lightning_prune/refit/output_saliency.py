@@ -65,20 +65,15 @@ def output_saliency(
         owners = [layer for layer, _ in edges]
         directions = list(_directions(logits, likelihood, temperature, index))
         for i, direction in enumerate(directions):
-            (at_logits,) = torch.autograd.grad(direction, logits, retain_graph=True)
-            # Squares of what sure predictions send down would vanish in float32.
-            unit = at_logits.abs().amax().clamp_min(torch.finfo(at_logits.dtype).tiny)
             found = torch.autograd.grad(
-                logits,
+                direction,
                 [edge for _, edge in edges],
-                at_logits / unit,
                 retain_graph=i + 1 < len(directions),
                 allow_unused=True,
             )
             for layer, gradient in zip(owners, found, strict=True):
                 if gradient is not None:
                     squares, places = _squares_by_row(layer, gradient)
-                    squares *= float(unit) ** 2
                     totals[layer.name] = totals.get(layer.name, torch.zeros_like(squares)) + squares
                     positions[layer.name] += places if i == 0 else 0
     return {

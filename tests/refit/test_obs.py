@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_prune._types import Masks
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.teacher import Teacher
+from lightning_prune.refit import obs as obs_module
 from lightning_prune.refit import output_saliency as output_saliency_module
 from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.layerwise import refit_layers
@@ -321,3 +322,22 @@ def test_a_frozen_network_has_prices_too() -> None:
     free = obs_prices(model, {}, names, [x])
     frozen = obs_prices(model.requires_grad_(False), {}, names, [x])
     assert all(torch.equal(free[name], frozen[name]) for name in names)
+
+
+def test_layers_that_do_not_fit_at_once_get_the_same_prices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x, passes = convnet(), torch.randn(9, 2, 4, 4), []
+    names = [name for name, p in model.named_parameters() if p.ndim > 1]
+
+    def forward(m: nn.Module, batch: Tensor) -> Tensor:
+        passes.append(len(batch))
+        return m(batch)
+
+    at_once = obs_prices(model, {}, names, [x[:5], x[5:]], forward=forward)
+    count = len(passes)
+    monkeypatch.setattr(obs_module, "GRAM_BYTES", 1)
+    apart = obs_prices(model, {}, names, [x[:5], x[5:]], forward=forward)
+    assert len(passes) - count == count + 4  # two more layers, two batches
+    for name in names:
+        assert torch.equal(at_once[name], apart[name])
