@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import quality_networks as subjects
 from benchmarks.quality import Row, append, key, reached, read_rows
+from benchmarks.quality_networks import moved
 from benchmarks.quality_statistics import Table
 from lightning_prune import prune
 from lightning_prune.augment.fitting import GeneratorFitter
@@ -74,17 +75,6 @@ class Settings:
 # +21.6 and +35.0; without shifts, or with shifts of two pixels, within 0.3 of as set.
 SETTINGS = Settings()
 NOISE = 0.1
-
-
-def moved(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Return pictures (N, 1, H, W), each moved by up to ``most`` pixels along both axes."""
-    moves = torch.randint(-most, most + 1, (2, len(x), 1), generator=generator)
-    rows, columns = (
-        (torch.arange(size) - by) % size for size, by in zip(x.shape[2:], moves, strict=True)
-    )
-    return x.squeeze(1)[
-        torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]
-    ].unsqueeze(1)
 
 
 def trained_vae(x: Tensor, seed: int, settings: Settings) -> DenseVAE:

@@ -63,12 +63,13 @@ def _orders() -> dict[str, list[str]]:
     rest = [criterion for criterion in rest if criterion not in first]
     plain = [*first, *(f"{criterion}+layers" for criterion in first)]
     outputs = ["obs+layers+outputs", "obs+outputs", "taylor+outputs"]
+    shifted = ["obs+outputs+shifts", "obs+layers+shifts", "taylor+outputs+shifts"]
     late = [*rest, *(f"{criterion}+layers" for criterion in rest)]
     distilled = [f"{arm}+distill" for arm in plain]
     late_distilled = [f"{arm}+distill" for arm in late]
     ablations = [arm for arm in RECIPE if arm != "recipe"]
     return {
-        "no-retraining": [*plain, *outputs, *late],
+        "no-retraining": [*plain, *outputs, *shifted, *late],
         "fine-tuned": [
             "taylor", "recipe", *MODEL_PRUNING, *plain[1:], *distilled, *late[: len(rest)],
             *ablations, *late[len(rest) :], *late_distilled,
@@ -243,6 +244,8 @@ def units(
                 if family == units_removed.FAMILY and network not in units_removed.NETWORKS:
                     continue
                 for arm in orders[family]:
+                    if "shifts" in arm and not subjects.SUBJECTS[network].shifts:
+                        continue  # copies like those that the dense network was trained on
                     if any(fnmatchcase(arm, pattern) for pattern in patterns):
                         yield Unit(network, seed, family, arm)
 

@@ -130,6 +130,17 @@ class Batches:
             yield x, self.y[index]
 
 
+def moved(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Return pictures (N, 1, H, W), each moved by up to ``most`` pixels along both axes."""
+    moves = torch.randint(-most, most + 1, (2, len(x), 1), generator=generator)
+    rows, columns = (
+        (torch.arange(size) - by) % size for size, by in zip(x.shape[2:], moves, strict=True)
+    )
+    return x.squeeze(1)[
+        torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]
+    ].unsqueeze(1)
+
+
 def accuracy(net: nn.Module, data: Data) -> float:
     """Return the percentage that ``net`` gets right, in eval mode."""
     return 100 * (_logits(net, data[0]).argmax(1) == data[1]).double().mean().item()

@@ -9,7 +9,8 @@ and the gradients of a training term on them.
 - ``feature_encoder.py``: features of the network being pruned in the encoder's place
 - ``choosing.py``, ``drawing.py``: which generated inputs are worth injecting, and drawing them
 - ``adaptive.py``: how much of them the training should use
-- ``protocol.py``: what makes a module a generator
+- ``protocol.py``: what makes a module a generator; ``transformed.py``: real inputs under a random
+  transform as one
 - ``fitting.py``: training a generator beside the model, drawing from it
 - ``mixing.py``: generated inputs as a batch with labels; the distillation loss
 - ``injection.py``: batches for a scoring pass, gradients for a training step
@@ -22,6 +23,7 @@ from lightning_prune.augment.conv_vae import ConvVAE
 from lightning_prune.augment.fitting import GeneratorFitter
 from lightning_prune.augment.mixing import Distillation
 from lightning_prune.augment.protocol import Generator, GeneratorError, Samples
+from lightning_prune.augment.transformed import TransformedInputs
 from lightning_prune.augment.vae import VAE, DenseVAE
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "GeneratorError",
     "GeneratorFitter",
     "Samples",
+    "TransformedInputs",
 ]

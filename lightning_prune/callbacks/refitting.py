@@ -97,10 +97,11 @@ class Refitter:
                 fit, held_out = hold_out(real)
                 calibration = Calibration(
                     dense,
-                    [*fit, *generated],
+                    fit,
                     held_out,
                     options.forward or default_forward,
                     options.likelihood,
+                    generated,
                 )
                 if trainer.is_global_zero:
                     held = {**_masked_biases_of_others(trainer, masks), **masks}

@@ -6,7 +6,7 @@ Enters: batches in the user's form and the weights before removal. Leaves: two s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -41,16 +41,22 @@ class Calibration:
     held_out: list[Any]
     forward: Forward = default_forward
     likelihood: Likelihood = "categorical"
+    generated: list[Any] = field(default_factory=list)
+
+    @property
+    def fitted_to(self) -> list[Any]:
+        """All samples to fit to, real and generated."""
+        return [*self.batches, *self.generated]
 
     @property
     def checked_on(self) -> list[Any]:
         """The samples that a change has to stand on."""
-        return self.held_out or self.batches
+        return self.held_out or self.fitted_to
 
     def faults(self, model: nn.Module) -> list[str]:
         """List what a refit of ``model`` lacks; empty if all is there."""
         found = []
-        if not self.batches:
+        if not self.fitted_to:
             found.append("calibration.batches: expected at least one batch, but got none")
         if not self.dense.fits(model):
             found.append("calibration.dense: expected the weights of this model, but got another's")

@@ -71,7 +71,8 @@ def refit_outputs(
         products: Products with G a step, >= 1.
         temperature: Softens both outputs while fitting, > 0: unlikely classes then count for more,
             and there is more to fit to in a sample. No meaning for the Gaussian likelihood.
-        samples: Most samples of ``calibration.batches`` to fit to, >= 1.
+        samples: Most samples of ``calibration.batches`` to fit to, >= 1; the generated ones beside
+            them are all used.
 
     Returns:
         What was done; its errors are the divergences at temperature 1. If that at ``temperature``
@@ -186,7 +187,8 @@ def _fitting_objective(
     samples: int,
 ) -> Objective:
     """Return the objective over the samples to fit to, in batches whose graphs fit into memory."""
-    batches = first_samples(calibration.batches, samples)
+    # Of real samples those beyond are left out to save time; how many are generated was a choice.
+    batches = [*first_samples(calibration.batches, samples), *calibration.generated]
     probe = Objective(model, calibration, survivors, batches[:1], temperature)
     probe.linearise(survivors.read())
     probe.check()

@@ -87,7 +87,7 @@ def refit_layers(
     raise_faults(faults, "The refit's arguments")
     report = RefitReport()
     with borrowed(model), _all_or_nothing(model, masks):
-        fit = [outside_inference_mode(batch) for batch in calibration.batches]
+        fit = [outside_inference_mode(batch) for batch in calibration.fitted_to]
         checks = [outside_inference_mode(batch) for batch in calibration.held_out]
         run = partial(calibration.forward, model, fit[0])
         layers, left = find_layers(model, list(masks), run)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,6 +205,20 @@ def test_the_size_of_batches_does_not_matter():
     refit_outputs(other, masks, again, steps=1, products=5)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_generated_samples_are_all_used_whatever_the_number_of_real_ones():
+    model, masks, calibration = pruned(0.9)
+    other, without = copy.deepcopy(model), copy.deepcopy(model)
+    real, generated = calibration.batches[:4], calibration.batches[4:]
+    count = sum(map(len, real))
+    apart = replace(calibration, batches=real, generated=generated)
+    together = replace(calibration, batches=[*real, *generated])
+    refit_outputs(model, masks, apart, steps=1, samples=count)
+    refit_outputs(other, masks, together, steps=1)
+    assert same(model, state(other))
+    refit_outputs(without, masks, replace(apart, generated=[]), steps=1)
+    assert not same(model, state(without))
 
 
 def test_fewer_samples_than_weights():
