@@ -24,6 +24,7 @@ Arms:
     both          score and train
     selected      both, with the samples of which the score is starved, of four times as many
     adaptive      both, the term's factor following the gap between training and held-out loss
+    adaptive-equal  the same; where the factor is 0 there are twice as many steps, on real digits
 
 Runs are paired by seed: the digits, the dense network, the real batches. The learning rate is
 chosen for each arm on the validation part, with draws of other seeds, at 98 %.

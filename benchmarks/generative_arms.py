@@ -58,6 +58,8 @@ class Arm:
         select: How samples of the VAE are drawn.
         adaptive: The term's factor follows the gap between training and held-out loss.
         passes: Steps, in units of the others' number.
+        spends: In an epoch without the term the batches that it would have taken are real ones,
+            with steps of their own, so that the run sees as many batches as all arms with two.
     """
 
     second: Literal["real", "noise", "shifts", "vae"] | None = None
@@ -66,6 +68,7 @@ class Arm:
     select: Select = "prior"
     adaptive: bool = False
     passes: int = 1
+    spends: bool = False
 
 
 ARMS = {
@@ -73,6 +76,7 @@ ARMS = {
     "train": Arm("vae", train="term"),
     "both": Arm("vae", score=True, train="term"),
     "adaptive": Arm("vae", score=True, train="term", adaptive=True),
+    "adaptive-equal": Arm("vae", score=True, train="term", adaptive=True, spends=True),
     "real": Arm(),
     "score": Arm("vae", score=True),
     "shifts": Arm("shifts", train="term"),
@@ -290,9 +294,8 @@ def fine_tuned(
     names = list(find_prunable(net).parameters)
     masks: Masks = {n: torch.ones_like(net.get_parameter(n), dtype=torch.bool) for n in names}
     optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
-    steps = EPOCH * arm.passes
-    total = EPOCHS * steps
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, total))
+    done = 0.0  # epochs, as their lengths may differ
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: learning_rate(done, EPOCHS))
     real, keeper = endless(few.train, seed), MaskKeeper()
     with keeper.attach(dict(net.named_parameters()), [optimizer]):
         for epoch in range(EPOCHS):
@@ -300,9 +303,13 @@ def fine_tuned(
                 share = event_share(epoch, target)
                 masks = masks_of(net, scored(net, second, injection), share, masks)
                 keeper.update(masks)
+            alone = arm.spends and not mix.used
+            steps = EPOCH * (2 if alone else arm.passes)
             # The iterator of few first: zip takes nothing from the endless one at the end.
-            for extra, batch in zip(second.batches(net, steps), real, strict=False):
+            extras = iter([None] * steps) if alone else second.batches(net, steps)
+            for extra, batch in zip(extras, real, strict=False):
                 _step(net, optimizer, batch, extra, arm, injection, teacher, mix.used)
+                done += 1 / steps
                 decay.step()
             mix.end_epoch(net)
     return net, mix.used if arm.train else math.nan

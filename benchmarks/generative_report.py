@@ -32,6 +32,7 @@ LABELS = {
     "both": "score + distillation, generated",
     "selected": "the same, selected",
     "adaptive": "the same, adaptive",
+    "adaptive-equal": "the same, adaptive, as many batches",
 }
 """In the order of the tables."""
 
@@ -43,6 +44,7 @@ TARGETS = (
     ("pretrained", 100, "adaptive", (0.98,), 2.0, True),
     ("pretrained", 200, "adaptive", (0.98,), 2.0, True),
     ("pretrained", 4000, "adaptive", SPARSITIES, -0.2, False),
+    ("pretrained", 4000, "adaptive-equal", SPARSITIES, -0.2, False),
     *(("pretrained", n, "score", SPARSITIES, None, False) for n in REAL),
 )
 """What was to be reached, written down before the runs. None: the interval is not below 0."""

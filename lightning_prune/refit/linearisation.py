@@ -219,7 +219,9 @@ def _counting() -> Iterator[dict[int, int]]:
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         used[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its graph, which autograd ties on again: an operation that keeps its own output
+        # would hold on to itself for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         yield used
