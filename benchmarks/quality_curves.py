@@ -25,6 +25,7 @@ SHOWN = {
         "taylor+layers": ("w² R + layers", "#c2410c", "-"),
         "obs+layers": ("OBS + layers", "#7c3aed", "--"),
         "obs+outputs": ("OBS + outputs", "#7c3aed", "-"),
+        "obs+outputs+shifts": ("OBS + outputs + shifts", "#be185d", "-"),
     },
     "fine-tuned": {
         "random": ("random", QUIET, ":"),

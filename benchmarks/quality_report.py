@@ -56,7 +56,8 @@ REFERENCES = {
 }
 TARGETS = (
     # family, network, arm, compared with, sparsity, at least
-    *(("no-retraining", "784-40-20-10", "obs+outputs", None, s, goal)
+    *(("no-retraining", "784-40-20-10", arm, None, s, goal)
+      for arm in ("obs+outputs", "obs+outputs+shifts")
       for s, goal in ((0.9, 94.0), (0.95, 93.0), (0.98, 91.0))),
     *(("fine-tuned", "784-128-10", "recipe", "dense", s, goal)
       for s, goal in ((0.95, -0.3), (0.98, -1.0), (0.99, -2.5))),
@@ -71,7 +72,12 @@ TARGETS = (
 def label(arm: str) -> str:
     """Return how an arm is called on the page."""
     base, *parts = arm.split("+")
-    named = {"layers": "layers", "outputs": "outputs", "distill": "distillation"}
+    named = {
+        "layers": "layers",
+        "outputs": "outputs",
+        "shifts": "shifts",
+        "distill": "distillation",
+    }
     return " + ".join([LABELS.get(base, base), *(named[part] for part in parts)])
 
 
