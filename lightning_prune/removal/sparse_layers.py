@@ -26,6 +26,12 @@ FASTER = 0.95
 measurements of the same layer differ by."""
 DENSEST = 0.5
 """Above this density nothing is measured: sparse products lose long before."""
+READ = 0.75
+"""Inputs are picked out if at most this share of them is read."""
+MANY = 32
+"""Rows of input from which on the product is taken as weighted sums. Of 1,024 x 1,024 weights at a
+density of 5 %: 287 instead of 482 us with 64 rows, 160 instead of 143 with 16, 284 instead of 64
+with one."""
 _DTYPES = (torch.float32, torch.float64)  # what the sparse product of torch's CPU build knows
 
 
@@ -33,7 +39,9 @@ class SparseLinear(nn.Module):
     """A linear layer whose weight is stored as compressed sparse rows.
 
     Computes what ``nn.Linear`` does. Its numbers are plain tensors, so that it moves, saves, loads
-    and copies as any module; the surviving weights can be trained further.
+    and copies as any module; the surviving weights can be trained further. Where a quarter of the
+    inputs or more are read by no weight, the others are picked out first: the product then has
+    less to bring into the order in which it works.
 
     Args:
         dense: The layer to take the weights from.
@@ -48,12 +56,16 @@ class SparseLinear(nn.Module):
 
     rows: Tensor
     columns: Tensor
+    inputs: Tensor | None
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
         _quiet_beta()
-        weight = dense.weight.detach().to_sparse_csr()
         self.in_features, self.out_features = dense.in_features, dense.out_features
+        read = (dense.weight.detach() != 0).any(0).nonzero()[:, 0]
+        self.register_buffer("inputs", read if len(read) <= READ * dense.in_features else None)
+        weight = dense.weight.detach()
+        weight = (weight if self.inputs is None else weight[:, read]).to_sparse_csr()
         # 32 bits, as the product of Intel's library has it: others would be converted at each call.
         self.register_buffer("rows", weight.crow_indices().int())
         self.register_buffer("columns", weight.col_indices().int())
@@ -67,10 +79,20 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) to (..., D_out)."""
         _quiet_beta()
-        size = (self.out_features, self.in_features)
-        weight = torch.sparse_csr_tensor(self.rows, self.columns, self.values, size=size)
-        flat = x.reshape(-1, self.in_features).t()
-        out = weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], weight, flat)
+        flat = x.reshape(-1, self.in_features)
+        flat = (flat if self.inputs is None else flat.index_select(1, self.inputs)).t()
+        bias = None if self.bias is None else self.bias[:, None]
+        if flat.shape[1] >= MANY and flat.device.type == "cpu":
+            # Row by row of the output a weighted sum of the input's: here twice as fast.
+            # (The function below torch.nn.functional's, whose checks take a tenth of the time.)
+            out = torch.embedding_bag(
+                flat.contiguous(), self.columns, self.rows, False, 0, False, self.values, True
+            )[0]
+            out = out if bias is None else out + bias
+        else:
+            size = (self.out_features, len(flat))
+            weight = torch.sparse_csr_tensor(self.rows, self.columns, self.values, size=size)
+            out = weight @ flat if bias is None else torch.addmm(bias, weight, flat)
         # Contiguous, as a user's `view` expects it of a linear layer's output.
         return out.t().contiguous().view(*x.shape[:-1], self.out_features)
 

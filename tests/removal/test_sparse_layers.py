@@ -40,7 +40,7 @@ def timed_as(monkeypatch, *ratios):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (0, 7), (1, 7)])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (0, 7), (1, 7), (2, 40, 7)])
 def test_the_layer_computes_what_the_dense_one_does(dtype, bias, shape) -> None:
     dense = pruned(nn.Linear(7, 4, bias=bias, dtype=dtype), 0.7)
     x = torch.randn(shape, dtype=dtype)
@@ -49,18 +49,38 @@ def test_the_layer_computes_what_the_dense_one_does(dtype, bias, shape) -> None:
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("read", [0, 5, 15, 16, 20])
+def test_inputs_that_no_weight_reads_are_left_out(read) -> None:
+    dense = nn.Linear(20, 4, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight[:, torch.randperm(20)[read:]] = 0
+    layer = SparseLinear(dense)
+    picked = None if layer.inputs is None else len(layer.inputs)
+    assert picked == (read if read <= 15 else None)
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(mine).square().sum().backward()
+    dense(theirs).square().sum().backward()
+    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(layer.values.grad, dense.weight.grad[dense.weight != 0])
+
+
 def test_a_layer_without_weights_and_inference_mode() -> None:
     dense = pruned(nn.Linear(6, 3), 1.0)
     layer = SparseLinear(dense)
     with torch.inference_mode():
-        torch.testing.assert_close(layer(torch.randn(2, 6)), dense.bias.expand(2, 3))
+        for rows in (2, 40):
+            x = torch.randn(rows, 6)
+            torch.testing.assert_close(layer(x), dense.bias.expand(rows, 3))
     layer(torch.randn(2, 6)).sum().backward()
 
 
-def test_gradients_are_those_of_the_surviving_weights() -> None:
+@pytest.mark.parametrize("samples", [3, 50])
+def test_gradients_are_those_of_the_surviving_weights(samples) -> None:
     dense = pruned(nn.Linear(7, 4, dtype=torch.float64), 0.5)
     layer = SparseLinear(dense)
-    x = torch.randn(3, 7, dtype=torch.float64)
+    x = torch.randn(samples, 7, dtype=torch.float64)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     layer(mine).square().sum().backward()
     dense(theirs).square().sum().backward()
