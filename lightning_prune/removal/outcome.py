@@ -15,6 +15,7 @@ class RemovalReport:
         parameters_before: How many numbers the model's parameters were.
         parameters_after: How many they are.
         widths: By layer, its units before and after, for the layers that lost some.
+        heads: By attention, its heads before and after, for those that lost some.
         whole: By layer, why none of its units could be cut, whatever its weights.
         notes: By layer, what stays although it is dead, and why.
         new_biases: Parameters that the model did not have: biases that took constants in.
@@ -28,6 +29,7 @@ class RemovalReport:
     parameters_before: int
     parameters_after: int = 0
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    heads: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     new_biases: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class RemovalReport:
             f"({share:.1%}) in {self.rounds} rounds"
         ]
         lines += [f"  {name}: {a} -> {b} units" for name, (a, b) in self.widths.items()]
+        lines += [f"  {name}: {a} -> {b} heads" for name, (a, b) in self.heads.items()]
         lines += [f"  {name}: {note}" for name, notes in self.notes.items() for note in notes]
         lines += [f"  {name} has a bias now" for name in self.new_biases]
         lines += [f"  {name} kept whole: {why}" for name, why in self.whole.items()]

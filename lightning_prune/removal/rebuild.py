@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.removal import layers
+from lightning_prune.removal import attention, layers
 from lightning_prune.removal.proof import RemovalError
 
 _FORMAT = "lightning_prune.removal"
@@ -31,7 +31,18 @@ def save_shrunk(model: nn.Module, path: str | PathLike[str]) -> None:
         for name, module in model.named_modules()
         if isinstance(module, layers.KNOWN)
     }
-    content = {"format": _FORMAT, "version": _VERSION, "sizes": sizes, "state": model.state_dict()}
+    heads = {
+        name: {"heads": list(module.heads), "dense_heads": module.dense_heads}
+        for name, module in model.named_modules()
+        if isinstance(module, attention.FewerHeads)
+    }
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "sizes": sizes,
+        "heads": heads,
+        "state": model.state_dict(),
+    }
     torch.save(content, path)
 
 
@@ -67,11 +78,40 @@ def load_shrunk(path: str | PathLike[str], model: nn.Module) -> nn.Module:
             f"Expected a file of version {_VERSION}, but {path} has version {content['version']}."
         )
     state: dict[str, Tensor] = content["state"]
+    _drop_heads(model, content.get("heads", {}))
     _check_names(model, content["sizes"], state)
     for name, sizes in content["sizes"].items():
         _resize(model.get_submodule(name), sizes, name, state)
     model.load_state_dict(state)
     return model
+
+
+def _drop_heads(model: nn.Module, kept: dict[str, dict[str, Any]]) -> None:
+    """Give a dense model's attentions the saved heads; files from before there were any have none.
+
+    Raises:
+        RemovalError: The model has no such attention.
+    """
+    modules = dict(model.named_modules())
+    faults = [
+        f"expected an attention of {each['dense_heads']} heads at {name!r}"
+        for name, each in kept.items()
+        if getattr(modules.get(name), "num_heads", None) != each["dense_heads"]
+    ]
+    if faults:
+        raise RemovalError(
+            "\n- ".join(["Expected a model built like the one that was saved:", *faults])
+        )
+    for name, each in kept.items():
+        module: Any = modules[name]
+        gone = torch.ones(module.num_heads, dtype=torch.bool)
+        gone[each["heads"]] = False
+        for local, rows in attention.rows_left(module, gone).items():
+            old = getattr(module, local)
+            setattr(module, local, nn.Parameter(old.detach()[rows], old.requires_grad))
+        attention.keep_heads(module, each["heads"], each["dense_heads"])
+    if kept:
+        attention.without_nesting(model)
 
 
 def _check_names(model: nn.Module, sizes: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -8,16 +8,17 @@ kept whole and reported.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks
 from lightning_prune.passes.isolation import own_randomness
-from lightning_prune.removal import layers
+from lightning_prune.removal import attention, layers
 from lightning_prune.removal.constants import observe
 from lightning_prune.removal.control_flow import check_control_flow
 from lightning_prune.removal.dead_units import Plan, plan
@@ -132,10 +133,12 @@ class _Shrinking:
 
     def result(self) -> Patient:
         """Cut until nothing more falls."""
+        attentions = self._heads()
         while True:
             before = self.patient.copy()
             plans = self._plans(None)
             if not plans:
+                self.report.whole.update(attentions)
                 return self.patient
             why = self._try(plans)
             if why is None:
@@ -143,6 +146,26 @@ class _Shrinking:
                 continue
             self.patient = before
             self._one_by_one([each.group.root for each in plans], why)
+
+    def _heads(self) -> dict[str, str]:
+        """Cut the heads that are not needed; return why the other attentions keep all of theirs."""
+        model, kept, fell = self.patient.model, {}, False
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            why = attention.obstacle(module, any(uses[id(p)] > 1 for p in module.parameters()))
+            before = self.patient.copy()
+            if why is None and self.patient.behead(name):
+                fault = self._fault()
+                if fault is None:
+                    fell = True
+                    continue
+                self.patient, why = before, f"a cut model is not the same: {fault}"
+            kind = type(module).__name__
+            kept[name] = why or f"a {kind} loses whole heads only, and needs all of its own"
+        self.report.rounds += fell
+        return kept
 
     def _one_by_one(self, roots: Sequence[str], why: str) -> None:
         fell = 0
@@ -194,6 +217,13 @@ class _Shrinking:
         """Cut, and return what then is wrong."""
         try:
             self.patient.operate(plans)
+        except Exception as error:  # noqa: BLE001 (whatever a model's layers may be)
+            return f"{type(error).__name__}: {error}"
+        return self._fault()
+
+    def _fault(self) -> str | None:
+        """Return what is wrong with the model as it is now."""
+        try:
             got = self._outputs(self.patient.model)
         except Exception as error:  # noqa: BLE001 (a reshape to a fixed width, for one)
             return f"{type(error).__name__}: {error}"
@@ -260,6 +290,11 @@ def _note_result(
             widths = layers.width(module, "outputs"), layers.width(after[name], "outputs")
             if widths[0] != widths[1]:
                 report.widths[name] = widths
+        elif isinstance(module, nn.MultiheadAttention):
+            heads = module.num_heads, cast(nn.MultiheadAttention, after[name]).num_heads
+            if heads[0] != heads[1]:
+                report.heads[name] = heads
+                report.whole.pop(name, None)
         elif any(True for _ in module.parameters(recurse=False)):
             report.whole[name or "the model itself"] = f"a {type(module).__name__} is not cut"
 

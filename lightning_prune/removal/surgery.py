@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune._types import Masks
 from lightning_prune.masking.apply import zero_removed
-from lightning_prune.removal import layers
+from lightning_prune.removal import attention, layers
 from lightning_prune.removal.calls import copied
 from lightning_prune.removal.constants import fold, merge
 from lightning_prune.removal.dead_units import Plan
@@ -77,6 +77,31 @@ class Patient:
                         self._cut(link.layer, link.name, link.side, gone)
         self._open()
 
+    def behead(self, name: str) -> bool:
+        """Cut the heads that an attention does not need; return whether there were any."""
+        module = self.model.get_submodule(name)
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"Expected an attention, but got a {type(module).__name__}.")
+        gone, added = attention.unneeded(module)
+        if not bool(gone.any()):
+            return False
+        with torch.no_grad():
+            if module.out_proj.bias is not None:
+                module.out_proj.bias.add_(added)
+            for local, rows in attention.rows_left(module, gone).items():
+                places = torch.arange(getattr(module, local).numel())
+                kept = places.view(getattr(module, local).shape)[rows]
+                self._replace(module, name, local, kept)
+            columns = gone.repeat_interleave(module.head_dim).nonzero()[:, 0]
+            self._cut(module.out_proj, f"{name}.out_proj".lstrip("."), "inputs", columns)
+        before: list[int] = getattr(module, "heads", list(range(module.num_heads)))
+        dense = getattr(module, "dense_heads", module.num_heads)
+        stay = [head for head, falls in zip(before, gone.tolist(), strict=True) if not falls]
+        attention.keep_heads(module, stay, dense)
+        attention.without_nesting(self.model)
+        self._open()
+        return True
+
     def finished(self, like: nn.Module) -> nn.Module:
         """Return the model in the dtypes, modes and gradient flags of the original ``like``."""
         modes = {name: module.training for name, module in like.named_modules()}
@@ -95,18 +120,22 @@ class Patient:
         sizes: dict[str, int] = {}
         for local, kept, new_sizes in layers.cut(layer, side, gone):
             sizes.update(new_sizes)
-            old = getattr(layer, local)
-            new = old.detach().flatten()[kept.to(old.device)]
-            full = f"{name}.{local}".lstrip(".")
-            if isinstance(old, nn.Parameter):
-                setattr(layer, local, nn.Parameter(new))
-            else:
-                layer._buffers[local] = new
-            if full not in self.new_biases:
-                past = self.origins.get(full)
-                self.origins[full] = kept if past is None else past.flatten()[kept]
+            self._replace(layer, name, local, kept)
         for attribute, size in sizes.items():
             setattr(layer, attribute, size)
+
+    def _replace(self, layer: nn.Module, name: str, local: str, kept: Tensor) -> None:
+        """Give a layer the entries of a tensor that stay, and note where they were."""
+        old = getattr(layer, local)
+        new = old.detach().flatten()[kept.to(old.device)]
+        full = f"{name}.{local}".lstrip(".")
+        if isinstance(old, nn.Parameter):
+            setattr(layer, local, nn.Parameter(new))
+        else:
+            layer._buffers[local] = new
+        if full not in self.new_biases:
+            past = self.origins.get(full)
+            self.origins[full] = kept if past is None else past.flatten()[kept]
 
     def _open(self) -> None:
         """Let gradients reach every parameter: the graph is read from autograd."""

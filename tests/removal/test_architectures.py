@@ -55,7 +55,7 @@ SHARE_LEFT = {
 KEPT_WHOLE = {
     "layer_norm": {"0": "LayerNorm", "1": "LayerNorm"},
     "group_norm": {"0": "GroupNorm", "5": "NativeBatchNorm", "6": "InstanceNorm2d"},
-    "transformer": {"into": "LayerNorm", "layer.self_attn": "MultiheadAttention"},
+    "transformer": {"into": "LayerNorm"},
     "attention": {"attention.q": "Bmm", "attention.v": "Bmm"},
     "recurrent": {"lstm": "LSTM", "gru": "GRU"},
     "tied": {"encoder": "used more than once", "back": "mix channels"},

@@ -325,5 +325,11 @@ def test_the_report_says_what_fell_and_what_did_not() -> None:
     model, inputs = made("transformer", 0)
     _, report = shrink_with_report(model, example_inputs=inputs, masks=scattered(model, 0.95))
     text = str(report)
-    for part in ("layer.linear1: 32 ->", "layer.self_attn kept whole", "rounds", "parameters"):
+    for part in (
+        "layer.linear1: 32 ->",
+        "layer.self_attn: 2 -> 1 heads",
+        "into kept whole",
+        "rounds",
+        "parameters",
+    ):
         assert part in text
