@@ -11,11 +11,13 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_prune.removal import layers
 from lightning_prune.removal.opening import Entrance, EntrancePruner, Opened
@@ -108,9 +110,13 @@ class Graph:
         self._tp = load_torch_pruning()
         wrapper = Opened(model, inputs, run)
         calls: Counter[int] = Counter()
+        self._largest = 1  # numbers in any tensor seen: no layer has more units
 
         def count(module: nn.Module, args: Any, output: Any) -> None:
             calls[id(module)] += 1
+            for value in pytree.tree_leaves((args, output)):
+                if isinstance(value, Tensor):
+                    self._largest = max(self._largest, value.numel())
 
         handles = [module.register_forward_hook(count) for module in model.modules()]
         try:
@@ -220,7 +226,8 @@ class Graph:
 
     def _links(self, module: nn.Module, units: list[int]) -> list[Link]:
         pruner = self._graph.get_pruner_of_module(module)
-        group = self._graph.get_pruning_group(module, pruner.prune_out_channels, units)
+        with _bounded(self._largest):
+            group = self._graph.get_pruning_group(module, pruner.prune_out_channels, units)
         return [self._link(item) for item in group]
 
     def _link(self, item: Any) -> Link:
@@ -286,6 +293,28 @@ class Graph:
             if inner and id(outer.module) in self._names:
                 return None
         return f"it goes through an operation that may mix channels ({node.grad_fn.name()})"
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """End a walk through the graph whose lists of units grow beyond what there is in the model.
+
+    Where a tensor is put beside its own flattened form, torch-pruning takes units for one another
+    back and forth, with more of them each time, and would not stop.
+    """
+    groups = importlib.import_module("torch_pruning.dependency.group").Group
+    add = groups.add_dep
+
+    def add_dep(group: Any, dep: Any, idxs: Any) -> None:
+        if len(idxs) > most:
+            raise ValueError("following it finds more units than the model has numbers")
+        add(group, dep, idxs)
+
+    groups.add_dep = add_dep
+    try:
+        yield
+    finally:
+        groups.add_dep = add
 
 
 def _map_flattened(graph: Any) -> None:

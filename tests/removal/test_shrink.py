@@ -333,3 +333,46 @@ def test_the_report_says_what_fell_and_what_did_not() -> None:
         "parameters",
     ):
         assert part in text
+
+
+class Beside(nn.Module):
+    """A feature map and what a pooling or a flattening makes of it, side by side."""
+
+    def __init__(self, flattened_first: bool) -> None:
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36 + 4, 6)
+        self.head, self.flattened_first = nn.Linear(6, 5), flattened_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        parts = [y.flatten(1), y.mean((2, 3))]
+        parts = parts if self.flattened_first else parts[::-1]
+        return self.head(self.hidden(torch.cat(parts, 1)).relu())
+
+
+class Unshuffled(nn.Module):
+    """Channels made of positions, behind an operation that mixes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.LocalResponseNorm(2)
+        self.fold, self.head = nn.PixelUnshuffle(2), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fold(self.norm(self.conv(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("build", [lambda: Beside(True), lambda: Beside(False), Unshuffled])
+def test_a_coupling_that_has_no_end_is_kept_whole(build) -> None:
+    """torch-pruning followed these for ever, with lists that filled the memory."""
+    torch.manual_seed(0)
+    model, x = build().double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model.conv.weight[1] = 0
+        if isinstance(model, Beside):
+            model.head.weight[:, 2] = 0
+    small, report = shrink_with_report(model, example_inputs=x)
+    assert "conv" in report.whole
+    torch.testing.assert_close(small.eval()(x), model.eval()(x))
+    if isinstance(model, Beside):  # the others are cut all the same
+        assert small.hidden.out_features == 5
