@@ -62,6 +62,7 @@ class CoTraining:
         self.given, self.name, self.warmup = choice.given, choice.name, warmup
         self.encode, self.encoder = encode, encoder
         self.seen = 0
+        self.batch_size = 0  # inputs of the largest training batch so far
         self.reused = checkpoint is not None
         self.resumed = False
         self.fitter: GeneratorFitter | None = None
@@ -141,7 +142,7 @@ class CoTraining:
             return self.form
         self.form, self._read = self.read(batch), batch
         x = self.form.inputs
-        self.device = x.device
+        self.device, self.batch_size = x.device, max(self.batch_size, len(x))
         if self.fitter is None:
             self.fitter = self._build(trainer, self.form)
         elif not self.fitter.accepts(x):
@@ -197,9 +198,9 @@ class CoTraining:
         return form if self.encode is None else encoded(form, self.encode, self.name)
 
     def peek(self, pl_module: LightningModule, batch: Any) -> None:
-        """Take a validation batch for the form, where no training batch has shown one yet."""
+        """Take another batch for the form, where no training batch has shown one yet."""
         if self.form is None and self.fitter is not None:
-            with suppress(BatchFormatError):  # no reason to stop a validation
+            with suppress(BatchFormatError):  # no reason to stop what goes on
                 form = self.read(batch)
                 self.form = form if self.fitter.accepts(form.inputs) else None
             self.device = pl_module.device
@@ -231,7 +232,8 @@ class CoTraining:
         """Return tensors and plain containers; None before there is a generator."""
         if self.fitter is None:
             return None
-        return self.fitter.state_dict() | {"seen": self.seen, "reused": self.reused}
+        own = {"seen": self.seen, "batch_size": self.batch_size, "reused": self.reused}
+        return self.fitter.state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from :meth:`state_dict`, building the generator anew."""
@@ -239,6 +241,7 @@ class CoTraining:
         if state is not None:
             self.fitter = self.choice.restored(state)
             self.seen = state.get("seen", state["batches"])
+            self.batch_size = state.get("batch_size", 0)
             self.reused = state.get("reused", False)
             self._connect(self.fitter)
 

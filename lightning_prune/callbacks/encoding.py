@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ def read_form(batch: Any, name: str) -> BatchForm:
     try:
         x = read_inputs(batch)
     except BatchFormatError as error:
+        got = f"a dict with the keys {list(batch)}" if isinstance(batch, Mapping) else type(batch)
         raise BatchFormatError(
             f"{name}: the generator learns one input tensor a batch: `x` in a batch `x` "
-            "or `(x, ...)`, or the only entry beside the labels in a dict. `forward=` does "
-            f"not change that. {error}"
+            "or `(x, ...)`, or the only entry beside the labels in a dict; but it got "
+            f"{got}. Put what it should learn into one tensor, and take it apart again in the "
+            "model; how batches reach the model (`forward=`) does not change that."
         ) from error
     y = read_labels(batch)
     return BatchForm(batch, x, y if y is not None and y.shape[:1] == x.shape[:1] else None)

@@ -273,13 +273,16 @@ def check_prices(
             raise PruningSetupError(str(error)) from error
 
 
-def peek_batch(trainer: Trainer) -> Any:
-    """Return two validation samples as a batch on the device, ``None`` if a look is not enough.
+def peek_batch(trainer: Trainer, loaders: Any) -> Any:
+    """Return two samples of a loader as a batch on the device, ``None`` if a look is not enough.
 
-    For runs without a sanity check. The samples are indexed and collated by hand: iterating the
-    loader would advance its generator, which training may share.
+    For what has to be known before any batch has come. The samples are indexed and collated by
+    hand: iterating the loader would advance its generator, which training may share.
+
+    Args:
+        trainer: Of the fit.
+        loaders: A ``DataLoader``, or several, of which the first is looked into.
     """
-    loaders = trainer.val_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None

@@ -271,7 +271,9 @@ class Pruner:
         raw = {n: score.to(self.parameters[n].device) for n, score in event.scores.items()}
         with refused_in(event.epoch):
             if self.criterion.needs_prices:
-                raw = self.refitter.prices(trainer, module, list(self.parameters), before)
+                names = list(self.parameters)
+                raw, samples = self.refitter.prices(trainer, module, names, before)
+                event = replace(event, samples=samples)
             scores = self.criterion(raw, self.parameters)
             saliency = raw if self.criterion.needs_scores else None
             selected = self.selection(scores, event.target, masks=before, saliency=saliency)

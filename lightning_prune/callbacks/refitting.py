@@ -54,8 +54,8 @@ class Refitter:
 
     def prices(
         self, trainer: Trainer, module: LightningModule, names: list[str], masks: Masks
-    ) -> Scores:
-        """Return the second-order price of every weight."""
+    ) -> tuple[Scores, int]:
+        """Return the second-order price of every weight, and of how many samples it is."""
         options = self.scorer.options
         # Of the shape and type that the first process's prices have.
         prices: Scores = {
@@ -65,6 +65,7 @@ class Refitter:
         }
         with _together(trainer):
             real, generated = self._batches(trainer, module)
+            samples = torch.tensor(sum(map(batch_size, [*real, *generated])))
             if trainer.is_global_zero:
                 prices = obs_prices(
                     module,
@@ -74,9 +75,9 @@ class Refitter:
                     forward=options.forward or default_forward,
                     likelihood=options.likelihood,
                 )
-        _share(trainer, {name: prices[name] for name in names})
+        _share(trainer, {**{name: prices[name] for name in names}, "samples": samples})
         check_scores(prices)
-        return prices
+        return prices, int(samples)
 
     def refit(
         self,

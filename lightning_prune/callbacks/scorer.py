@@ -106,7 +106,7 @@ class Scorer:
                 preflight.refuse_empty_validation(trainer, criterion)
             elif trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
                 raise preflight.PruningSetupError(NO_CALIBRATION)
-            batch = preflight.peek_batch(trainer)
+            batch = preflight.peek_batch(trainer, trainer.val_dataloaders)
         if batch is not None:
             self.look(module, batch)
 

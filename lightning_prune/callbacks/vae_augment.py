@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.augment.drawing import Drawing, Select
 from lightning_prune.augment.injection import Injection
-from lightning_prune.augment.mixing import Distillation, Likelihood
+from lightning_prune.augment.mixing import BatchForm, Distillation, Likelihood
 from lightning_prune.callbacks.co_training import CoTraining
 from lightning_prune.callbacks.feature_encoder import FeatureEncoder
 from lightning_prune.callbacks.generator_callback import GeneratorCallback
 from lightning_prune.callbacks.generator_choice import GeneratorChoice
 from lightning_prune.callbacks.generator_training import GeneratorTraining
+from lightning_prune.callbacks.preflight import peek_batch
 from lightning_prune.callbacks.reporting import without_lent
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_injection import TrainBy, TrainingInjection
@@ -171,8 +172,7 @@ class VAEAugmentCallback(GeneratorCallback):
         that a conditional VAE made the inputs for where they are class indices. Yields nothing
         if ``"saliency"`` is not in ``inject``, or the generator is not warmed up.
         """
-        form = self._training.form
-        if "saliency" not in self.inject or form is None:
+        if "saliency" not in self.inject:
             return
         if not self._training.ready:
             rank_zero_info(
@@ -180,9 +180,19 @@ class VAEAugmentCallback(GeneratorCallback):
                 f"had {self._training.trained} of its {self._training.warmup} warm-up steps."
             )
             return
+        form = self._form(trainer, pl_module)
+        if form is None:
+            rank_zero_warn(
+                f"{self.name}: no generated inputs join this scoring pass, as no batch has shown "
+                "yet in what form the model takes them. That is so between a checkpoint and the "
+                "first batch after it where neither loader has samples to look up by an index."
+            )
+            return
+        # The last training batch may have been of a single sample.
+        size = max(self._training.batch_size, len(form.inputs))
         left = max(1, round(self.share * samples))
         while left > 0:
-            n = min(len(form.inputs), left)
+            n = min(size, left)
             left -= n
             inputs, classes = self._supply(trainer, pl_module, form, n)
             if classes is not None and form.labels is not None:
@@ -320,6 +330,13 @@ class VAEAugmentCallback(GeneratorCallback):
         self._training.load_state_dict(state_dict["generator"])
         if self._joining is not None:
             self._joining.load_state_dict(state_dict)
+
+    def _form(self, trainer: Trainer, pl_module: LightningModule) -> BatchForm | None:
+        """Return the form of the batches, also in a resumed run that has not come to one yet."""
+        for loader in (trainer.train_dataloader, trainer.val_dataloaders):
+            if self._training.form is None and (batch := peek_batch(trainer, loader)) is not None:
+                self._training.peek(pl_module, batch)
+        return self._training.form
 
     def _real_part(self, batch: Any) -> Any:
         return batch if self._joining is None else self._joining.real_part(batch)

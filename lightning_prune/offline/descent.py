@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.masking import count_removed, zero_removed
 from lightning_prune.offline.generated import Trial, group_divergences
+from lightning_prune.passes.isolation import evaluating
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Calibration, Refit, hold_out, obs_prices, refit_survivors
 from lightning_prune.saliency import Likelihood, Target, squared_gradients
@@ -37,15 +38,16 @@ class Scoring:
         """Return the scores of all weights, and R where the ranking needs it."""
         names = list(self.parameters)
         if self.ranking.needs_scores:
-            saliency = squared_gradients(
-                self.model,
-                batches,
-                target=self.target,
-                likelihood=self.likelihood,
-                tolerance=self.tolerance,
-                forward=self.forward,
-                parameters=names,
-            )
+            with evaluating(self.model):  # batch norm that is training has no scores to give
+                saliency = squared_gradients(
+                    self.model,
+                    batches,
+                    target=self.target,
+                    likelihood=self.likelihood,
+                    tolerance=self.tolerance,
+                    forward=self.forward,
+                    parameters=names,
+                )
             return self.ranking(saliency, self.parameters), saliency
         prices: Scores = {}
         if self.ranking.needs_prices:

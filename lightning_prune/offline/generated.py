@@ -70,7 +70,8 @@ def generated_batches(
         seed: Of the draws; the global random state stays as it is.
 
     Raises:
-        ValueError: The generator returned something else than inputs of the real ones' shape.
+        ValueError: The generator returned something else than finite inputs of the real ones'
+            shape.
     """
     first = real[0]
     inputs = read_inputs(first)
@@ -89,6 +90,12 @@ def generated_batches(
                 )
             left -= len(sample)
             sample = sample.to(inputs.device, inputs.dtype)
+            if not bool(sample.isfinite().all()):
+                raise ValueError(
+                    f"Expected generator.sample(n) of the {type(generator).__name__} to return "
+                    "finite inputs, but some are NaN or infinite. Nothing was pruned; see to its "
+                    "training, or leave `generator` out."
+                )
             found.append(Injection(forward, likelihood).labelled(model, form, sample))
     return found
 

@@ -192,6 +192,11 @@ def _check(
             f"regrow={selection.regrow} compares weights by R, which criterion={ranking.name!r} "
             "has no use for. Choose 'taylor' or 'saliency'"
         )
+    if generated is not None and generator is None:
+        faults.append(
+            f"generated={generated!r} says how many inputs of a generator join, but there is none: "
+            "give `generator` as well"
+        )
     if generated not in (None, "auto"):
         faults += count_faults(generated=generated)
     raise_faults(faults, "The arguments")

@@ -155,16 +155,19 @@ class SaliencyAccumulator(Metric):
             workspace=workspace,
         )
         self.names = list(self._engine.parameters)
-        for i, parameter in enumerate(self._engine.parameters.values()):
-            self.add_state(
-                f"sum_{i}",
-                in_score_precision(torch.zeros_like(parameter, requires_grad=False)),
-                "sum",
-            )
-            if signs is not None:
-                self.add_state(f"variance_{i}", torch.zeros_like(getattr(self, f"sum_{i}")), "sum")
-        for name in ("samples_seen", "energy", "dropped"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+        with torch.inference_mode(False):  # sums that the scoring, outside of it, may write to
+            for i, parameter in enumerate(self._engine.parameters.values()):
+                zeros = in_score_precision(torch.zeros_like(parameter, requires_grad=False))
+                self.add_state(f"sum_{i}", zeros, "sum")
+                if signs is not None:
+                    self.add_state(f"variance_{i}", torch.zeros_like(zeros), "sum")
+            for name in ("samples_seen", "energy", "dropped"):
+                self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+
+    def reset(self) -> None:
+        """Start from nothing."""
+        with torch.inference_mode(False):
+            super().reset()
 
     def check(self, batch: Any) -> None:
         """Raise what scoring this batch would raise, at the cost of running two of its samples."""

@@ -339,3 +339,9 @@ def test_an_event_that_removes_nothing_more_refits_nothing(monkeypatch) -> None:
     fit(pruner, max_epochs=3)
     assert len(pruner.history) == 2
     assert len(calls) == 1
+
+
+def test_the_record_says_how_many_samples_priced_the_weights() -> None:
+    pruner = SaliencyPruningCallback({0: 0.5}, criterion="obs")
+    fit(pruner)
+    assert pruner.history[0]["samples"] == len(loaders()[1].dataset)

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import SaliencyPruningCallback, VAEAugmentCallback
 from lightning_prune.augment import DenseVAE, GeneratorError
+from lightning_prune.exceptions import BatchFormatError
 from tests.two_processes import join_group
 
 DIGITS = load_digits()
@@ -298,3 +300,69 @@ def _process(rank: int, store: str, folder: str) -> None:
         },
         f"{folder}/{rank}.pt",
     )
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"criterion": "obs", "refit": "layers"}])
+def test_a_run_resumed_before_its_event_calibrates_by_generated_inputs_too(
+    tmp_path, monkeypatch, options
+) -> None:
+    """The event comes before any batch has shown in what form the model takes its inputs."""
+    asked: list[int] = []
+    original = VAEAugmentCallback.scoring_batches
+
+    def counting(self, *args):
+        batches = list(original(self, *args))
+        asked.append(sum(len(x) for x, _ in batches))
+        return iter(batches)
+
+    monkeypatch.setattr(VAEAugmentCallback, "scoring_batches", counting)
+
+    def run(**more):
+        pruner = SaliencyPruningCallback({1: 0.9}, **options)
+        folder = tmp_path / ("resumed" if more else "straight")
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        vae = VAEAugmentCallback(inject=("saliency",), warmup=1)
+        return fit([vae, pruner, keep], enable_checkpointing=True, **more)
+
+    _, whole = run()
+    straight, asked[:] = list(asked), []
+    _, resumed = run(ckpt_path=tmp_path / "straight" / "epoch=1.ckpt")
+    if options:  # scores are in the checkpoint, what is fitted to is not
+        assert straight == asked == [100, 100]
+    state = whole.state_dict()
+    assert all(torch.equal(state[n], v) for n, v in resumed.state_dict().items())
+
+
+def test_scoring_batches_are_as_large_as_the_largest_batch_not_as_the_last() -> None:
+    sizes: list[int] = []
+
+    class Counting(VAEAugmentCallback):
+        def scoring_batches(self, trainer, pl_module, samples):
+            for batch in super().scoring_batches(trainer, pl_module, samples):
+                sizes.append(len(batch[0]))
+                yield batch
+
+    fit([pruner(), Counting(inject=("saliency",), warmup=1)], train=slice(0, 97))
+    assert sizes == [32, 32, 32, 4]  # half as many as the 200 that are scored
+
+
+def test_several_inputs_are_refused_in_one_voice() -> None:
+    class Two(Digits):
+        def forward(self, a, b):
+            return self.net(a + b)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch["a"], batch["b"]), batch["y"])
+
+        def validation_step(self, batch, batch_idx):
+            self(batch["a"], batch["b"])
+
+    items = [{"a": X[i], "b": X[i], "y": Y[i]} for i in range(32)]
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, callbacks=[VAEAugmentCallback()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(BatchFormatError, match=r"keys \['a', 'b', 'y'\]") as caught:
+        trainer.fit(Two(), DataLoader(items, 8), DataLoader(items, 8))
+    assert "Pass `forward=" not in str(caught.value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune
-from lightning_prune import Selection, prune, sparsity, squared_gradients
+from lightning_prune import SaliencyAccumulator, Selection, prune, sparsity, squared_gradients
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +268,63 @@ def test_nothing_removed_is_nothing_refitted(model, trained, batches, refit) -> 
     prune(model, batches, sparsity=0.0, refit=refit)
     for name, weight in trained.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "saliency", "obs", "magnitude"])
+@pytest.mark.parametrize("refit", [False, "layers", "outputs"])
+def test_under_inference_mode(trained, batches, criterion, refit) -> None:
+    expected, model = copy.deepcopy(trained), copy.deepcopy(trained)
+    options: dict[str, Any] = {"sparsity": 0.7, "criterion": criterion, "refit": refit}
+    prune(expected, batches, **options)
+    with torch.inference_mode():
+        prune(model, [(x * 1, y * 1) for x, y in batches], **options)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected.get_parameter(name))
+        assert not p.is_inference()
+
+
+def test_scores_under_inference_mode(trained, batches) -> None:
+    expected = squared_gradients(trained, batches)
+    with torch.inference_mode():
+        inside = squared_gradients(trained, [(x * 1, y * 1) for x, y in batches])
+        accumulator = SaliencyAccumulator(trained)
+        for batch in batches:
+            accumulator.update(batch)
+        accumulator.reset()
+        accumulator.update(batches[0])
+    accumulator.update(batches[1])  # and again outside of it
+    assert all(torch.equal(inside[name], score) for name, score in expected.items())
+    first = squared_gradients(trained, batches[:2])
+    assert all(torch.equal(score, first[n]) for n, score in accumulator.compute().items())
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "saliency", "obs"])
+def test_batch_norm_in_train_mode_is_used_in_eval_mode(batches, criterion) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    for x, _ in batches:
+        model(x)  # statistics
+    expected = copy.deepcopy(model).eval()
+    masks = prune(expected, batches, sparsity=0.6, criterion=criterion)
+    assert all(
+        torch.equal(mask, masks[name])
+        for name, mask in prune(model, batches, sparsity=0.6, criterion=criterion).items()
+    )
+    assert all(module.training for module in model.modules())
+
+
+def test_a_number_of_generated_inputs_needs_a_generator(model, batches) -> None:
+    with pytest.raises(ValueError, match=r"generated=5.*give `generator`"):
+        prune(model, batches, sparsity=0.5, generated=5)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_a_generator_that_returns_nan_is_named(model, batches, criterion) -> None:
+    class Broken:
+        def sample(self, n: int) -> Tensor:
+            return torch.full((n, 64), math.nan)
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Broken to return finite"):
+        prune(model, batches, sparsity=0.5, criterion=criterion, refit=True, generator=Broken())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
