@@ -63,9 +63,10 @@ class SaliencyPruningCallback(Callback):
         rewind: What is gone back to at every event; by default the training just goes on.
         refit: Correct the surviving weights at every event, by the validation inputs (or those of
             ``scoring_loader``, and generated ones), so that the network stays close to what it was
-            just before: ``"outputs"`` (also ``True``) its predictions, by Gauss-Newton steps;
-            ``"layers"`` each layer's pre-activations, by a closed form, which is faster. What makes
-            a held-out tenth of the inputs worse is refused.
+            just before: ``"outputs"`` its predictions, by Gauss-Newton steps; ``"layers"`` each
+            layer's pre-activations, by a closed form, which is faster; ``"auto"`` (also ``True``)
+            the outputs where there are 2,000 real inputs, else the layers. What makes a held-out
+            tenth of the inputs worse is refused.
         every_n_train_steps: Let the schedule count rounds of so many optimizer steps instead of
             epochs. Round r ends with step ``(r + 1) * every_n_train_steps``; its masks are in force
             from the next training batch on, by the scores of ``scoring_loader``, else of the last

@@ -61,8 +61,9 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         criterion: By what weights are ranked: ``"taylor"`` (w^2 R), ``"obs"`` (second order; goes
             with ``refit``), ``"saliency"`` (R), ``"magnitude"``, ``"random"`` or a callable
             (scores, parameters) -> scores.
-        refit: ``"outputs"`` (also ``True``) fits the network's predictions by Gauss-Newton steps,
-            ``"layers"`` each layer's pre-activations by a closed form, which is faster. A tenth of
+        refit: ``"outputs"`` fits the network's predictions by Gauss-Newton steps, ``"layers"`` each
+            layer's pre-activations by a closed form, which is faster; ``"auto"`` (also ``True``)
+            takes the outputs where there are 2,000 real samples, else the layers. A tenth of
             the samples is held out, and a correction that makes these worse is refused.
         generator: A VAE, or anything with ``sample(n)``: its inputs join scoring and refit. They
             have to look like the inputs in ``batches``.

@@ -99,8 +99,10 @@ def test_few_digits_and_their_copies_keep_a_network_better_than_the_digits_alone
     few, right = digits[0][1000:1050], []
     for source in (None, TransformedInputs(few, shifted)):
         net = copy.deepcopy(trained)
-        options: dict[str, Any] = {"criterion": "obs", "refit": True, "stages": 4}
-        prune(net, [few], sparsity=0.9, generator=source, generated=600, **options)
+        options: dict[str, Any] = {"criterion": "obs", "refit": "outputs", "stages": 4}
+        if source is not None:
+            options |= {"generator": source, "generated": 600}
+        prune(net, [few], sparsity=0.9, **options)
         with torch.no_grad():
             found = net(digits[0][1100:]).argmax(1) == digits[1][1100:]
         right.append(float(found.float().mean()))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lightning_prune
 from lightning_prune import SaliencyAccumulator, Selection, prune, sparsity, squared_gradients
+from lightning_prune.refit import method
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +329,20 @@ def test_a_generator_that_returns_nan_is_named(model, batches, criterion) -> Non
     with pytest.raises(ValueError, match=r"Broken to return finite"):
         prune(model, batches, sparsity=0.5, criterion=criterion, refit=True, generator=Broken())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(1000, "outputs"), (1001, "layers")])
+def test_the_number_of_samples_decides_between_the_refits(
+    trained, batches, monkeypatch, enough, expected
+) -> None:
+    monkeypatch.setattr(method, "ENOUGH", enough)
+    found = {}
+    for refit in (True, "auto", "layers", "outputs"):
+        model = copy.deepcopy(trained)
+        prune(model, batches, sparsity=0.8, refit=refit)  # 1,000 samples, a tenth held out
+        found[refit] = model.state_dict()
+    other = {"layers": "outputs", "outputs": "layers"}[expected]
+    for name, value in found[expected].items():
+        assert torch.equal(found[True][name], value)
+        assert torch.equal(found["auto"][name], value)
+    assert any(not torch.equal(found[other][n], v) for n, v in found[expected].items())
