@@ -109,12 +109,32 @@ def test_every_arm_prunes_and_sees_what_it_says(name, brief, monkeypatch, tmp_pa
     assert generative.reached(net) == pytest.approx(0.98, abs=1e-3)
     assert generative.reached(dense) < 1e-3  # the teacher is left as it was
     assert len(steps) == (8 if name == "real-equal" else 4)
-    assert scored == [180 if name in ("score", "both", "selected", "adaptive") else 90]
-    with_term = [*("train", "both", "selected", "adaptive"), "shifts", "noise", "real-distill"]
+    adaptive = ("adaptive", "adaptive-equal")
+    assert scored == [180 if name in ("score", "both", "selected", *adaptive) else 90]
+    with_term = ["train", "both", "selected", *adaptive, "shifts", "noise", "real-distill"]
     assert terms == [64] * (4 if name in with_term else 0)
-    if name != "adaptive":  # whose comparison takes the loss of other digits
+    if name not in adaptive:  # whose comparison takes the loss of other digits
         assert set(joined) == {128 if name == "train-batch" else 64}
     assert seconds[1] == (7.0 if arm.second == "vae" else 0.0)
+
+
+@pytest.mark.parametrize(("name", "second_epoch"), [("adaptive", 2), ("adaptive-equal", 4)])
+def test_what_an_epoch_without_the_term_does(name, second_epoch, brief, monkeypatch, tmp_path):
+    """The control takes 4 steps an epoch: as many batches as 2 steps with a second one."""
+    extras, step = [], generative_arms._step
+
+    def count_step(net, optimizer, batch, extra, arm, injection, teacher, mix):
+        extras.append((extra is not None, mix))
+        return step(net, optimizer, batch, extra, arm, injection, teacher, mix)
+
+    monkeypatch.setattr(generative_arms, "gap_share", lambda *losses: (0.0, 0.01))
+    monkeypatch.setattr(generative_arms, "_step", count_step)
+    draw = generative.Draw("pretrained", 100, 0, (0.98,), (name,))
+    generative.trained(draw, generative_arms.ARMS[name], 0.98, 1e-2, tmp_path)
+    assert extras[:2] == [(True, generative_arms.START)] * 2
+    assert [mix for _, mix in extras[2:]] == [0.0] * second_epoch
+    if name == "adaptive-equal":
+        assert not any(drawn for drawn, _ in extras[2:])
 
 
 def test_generated_inputs_of_a_run_follow_from_its_seed(brief, tmp_path):

@@ -183,13 +183,11 @@ class VAEAugmentCallback(GeneratorCallback):
         form = self._form(trainer, pl_module)
         if form is None:
             rank_zero_warn(
-                f"{self.name}: no generated inputs join this scoring pass, as no batch has shown "
-                "yet in what form the model takes them. That is so between a checkpoint and the "
-                "first batch after it where neither loader has samples to look up by an index."
+                f"{self.name}: no generated inputs join this scoring pass: the run was resumed, no "
+                "batch has shown their form yet, and no loader has samples to look up by an index."
             )
             return
-        # The last training batch may have been of a single sample.
-        size = max(self._training.batch_size, len(form.inputs))
+        size = max(self._training.batch_size, len(form.inputs))  # the form may be of one sample
         left = max(1, round(self.share * samples))
         while left > 0:
             n = min(size, left)
