@@ -86,7 +86,7 @@ class Descent:
         model, parameters = self.scoring.model, self.scoring.parameters
         dense = Teacher.of(model)
         fit, held_out = hold_out(real)
-        calibration = self._calibration(dense, [*fit, *extra], held_out)
+        calibration = self._calibration(dense, fit, held_out, extra)
         masks = complete_masks(dict(parameters), masks)
         corrected, left, guarded = set[str](), dict[str, str](), list[str]()
         try:
@@ -114,11 +114,16 @@ class Descent:
             dense = Teacher.of(self.scoring.model)
             self(path, masks, real, extra)
             try:
-                return group_divergences(self.scoring.model, self._calibration(dense, [], unseen))
+                return group_divergences(
+                    self.scoring.model, self._calibration(dense, [], unseen, [])
+                )
             finally:
                 dense.restore(self.scoring.model)
 
         return measured
 
-    def _calibration(self, dense: Teacher, fit: list[Any], held_out: list[Any]) -> Calibration:
-        return Calibration(dense, fit, held_out, self.scoring.forward, self.scoring.likelihood)
+    def _calibration(
+        self, dense: Teacher, fit: list[Any], held_out: list[Any], extra: list[Any]
+    ) -> Calibration:
+        how = self.scoring.forward, self.scoring.likelihood
+        return Calibration(dense, fit, held_out, *how, extra)

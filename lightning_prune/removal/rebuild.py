@@ -78,8 +78,9 @@ def load_shrunk(path: str | PathLike[str], model: nn.Module) -> nn.Module:
             f"Expected a file of version {_VERSION}, but {path} has version {content['version']}."
         )
     state: dict[str, Tensor] = content["state"]
-    _drop_heads(model, content.get("heads", {}))
-    _check_names(model, content["sizes"], state)
+    heads = content.get("heads", {})  # files from before any could fall have none
+    _check_names(model, content["sizes"], heads, state)
+    _drop_heads(model, heads)
     for name, sizes in content["sizes"].items():
         _resize(model.get_submodule(name), sizes, name, state)
     model.load_state_dict(state)
@@ -87,23 +88,9 @@ def load_shrunk(path: str | PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _drop_heads(model: nn.Module, kept: dict[str, dict[str, Any]]) -> None:
-    """Give a dense model's attentions the saved heads; files from before there were any have none.
-
-    Raises:
-        RemovalError: The model has no such attention.
-    """
-    modules = dict(model.named_modules())
-    faults = [
-        f"expected an attention of {each['dense_heads']} heads at {name!r}"
-        for name, each in kept.items()
-        if getattr(modules.get(name), "num_heads", None) != each["dense_heads"]
-    ]
-    if faults:
-        raise RemovalError(
-            "\n- ".join(["Expected a model built like the one that was saved:", *faults])
-        )
+    """Give a dense model's attentions the heads that were saved."""
     for name, each in kept.items():
-        module: Any = modules[name]
+        module: Any = model.get_submodule(name)
         gone = torch.ones(module.num_heads, dtype=torch.bool)
         gone[each["heads"]] = False
         for local, rows in attention.rows_left(module, gone).items():
@@ -114,11 +101,22 @@ def _drop_heads(model: nn.Module, kept: dict[str, dict[str, Any]]) -> None:
         attention.without_nesting(model)
 
 
-def _check_names(model: nn.Module, sizes: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _check_names(
+    model: nn.Module,
+    sizes: dict[str, Any],
+    heads: dict[str, dict[str, Any]],
+    state: dict[str, Tensor],
+) -> None:
+    modules = dict(model.named_modules())
     own = {name for name, module in model.named_modules() if isinstance(module, layers.KNOWN)}
     faults = [f"the model has no layer {name!r}" for name in sizes if name not in own]
     faults += [f"the file has no layer {name!r}" for name in sorted(own - set(sizes))]
-    inside = tuple(f"{name}.".lstrip(".") for name in sizes)
+    faults += [
+        f"the model has no attention of {each['dense_heads']} heads {name!r}"
+        for name, each in heads.items()
+        if getattr(modules.get(name), "num_heads", None) != each["dense_heads"]
+    ]
+    inside = tuple(f"{name}.".lstrip(".") for name in (*sizes, *heads))
     for name, tensor in model.state_dict().items():
         if name not in state:
             faults.append(f"the file has no {name!r}")

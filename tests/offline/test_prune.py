@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import lightning_prune
 from lightning_prune import SaliencyAccumulator, Selection, prune, sparsity, squared_gradients
+from lightning_prune.offline import descent
+from lightning_prune.passes.batches import batch_size
 from lightning_prune.refit import method
 
 
@@ -346,3 +348,27 @@ def test_the_number_of_samples_decides_between_the_refits(
         assert torch.equal(found[True][name], value)
         assert torch.equal(found["auto"][name], value)
     assert any(not torch.equal(found[other][n], v) for n, v in found[expected].items())
+
+
+def test_generated_inputs_are_no_real_ones_for_a_refit(trained, batches, monkeypatch) -> None:
+    """They are not counted where that decides, and no limit on real ones leaves them out."""
+
+    class Noise:
+        def sample(self, n: int) -> Tensor:
+            return torch.rand(n, 64)
+
+    seen: list[tuple[int, int, int]] = []
+
+    def noting(model, masks, calibration, *args):
+        parts = calibration.batches, calibration.held_out, calibration.generated
+        seen.append(tuple(sum(map(batch_size, part)) for part in parts))
+        return method.refit_survivors(model, masks, calibration, *args)
+
+    monkeypatch.setattr(descent, "refit_survivors", noting)
+    monkeypatch.setattr(method, "ENOUGH", 1200)  # 1,000 real ones, 600 generated
+    options: dict[str, Any] = {"sparsity": 0.8, "generator": Noise(), "generated": 600}
+    one, other = copy.deepcopy(trained), copy.deepcopy(trained)
+    prune(one, batches, refit=True, **options)
+    prune(other, batches, refit="layers", **options)
+    assert seen == [(900, 100, 600)] * 2
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))

@@ -309,8 +309,15 @@ def test_saved_and_loaded_into_a_dense_model(tmp_path, dims) -> None:
     assert torch.equal(loaded(inputs), small(inputs))
     other = Around(**dims).double()
     other.attention = nn.MultiheadAttention(E, 2, bias=False, batch_first=True).double()
-    with pytest.raises(RemovalError, match="an attention of 4 heads at 'attention'"):
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(RemovalError, match="no attention of 4 heads 'attention'"):
         load_shrunk(tmp_path / "small.pt", other)
+    another = Around(**dims).double()
+    another.more = nn.Linear(2, 2)
+    with pytest.raises(RemovalError, match="'more'"):
+        load_shrunk(tmp_path / "small.pt", another)
+    assert type(another.attention) is nn.MultiheadAttention  # nothing is half-applied
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_exported_for_places_without_the_code(tmp_path) -> None:
