@@ -17,8 +17,8 @@ class TransformedInputs(nn.Module):
     """Draw copies of real inputs, each changed by a random transform that keeps its meaning.
 
     What a network was trained on is often more than its inputs: shifted, cropped, noisy copies of
-    them. As calibration data these copies cost less than a VAE's training and were worth as much or
-    more on digits (docs/quality.md, docs/refit.md). Takes a generator's place in ``prune`` and in
+    them. As calibration data these copies cost less than a VAE's training and were worth about as
+    much on digits (docs/refit.md). Takes a generator's place in ``prune`` and in
     ``VAEAugmentCallback``; there is nothing to train.
 
     Args:

@@ -122,9 +122,9 @@ def obstacle(module: nn.MultiheadAttention, shared: bool) -> str | None:
 
 
 def unneeded(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
-    """Return which heads fall (heads,), and what they give to the output's bias (D_out,).
+    """Return which heads fall (heads,), on the CPU, and what they give to the output's bias (D_out,).
 
-    One head stays in any case.
+    One head stays in any case. A query that may attend to nothing at all is not thought of.
     """
     fused: Any = module.in_proj_weight
     heads, size = module.num_heads, module.head_dim
@@ -140,7 +140,7 @@ def unneeded(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
     if bias is not None:
         said = bias.detach().chunk(3)[2].view(heads, size) * gone[:, None]
         added = torch.einsum("ohd,hd->o", takes, said)
-    return gone, added
+    return gone.cpu(), added
 
 
 def rows_left(module: nn.MultiheadAttention, gone: Tensor) -> dict[str, Tensor]:
