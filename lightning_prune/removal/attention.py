@@ -122,7 +122,7 @@ def obstacle(module: nn.MultiheadAttention, shared: bool) -> str | None:
 
 
 def unneeded(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
-    """Return which heads fall (heads,), on the CPU, and what they give to the output's bias (D_out,).
+    """Return which heads fall (heads,), on the CPU, and what goes into the output's bias (D_out,).
 
     One head stays in any case. A query that may attend to nothing at all is not thought of.
     """
