@@ -66,7 +66,8 @@ SUBJECTS = {
     ),
     "784-128-10": Subject(networks.mlp),
     "LeNet-300-100": Subject(lambda: mlp(784, 300, 100, 10)),
-    "LeNet-5": Subject(networks.lenet),
+    # With channels last a step of training takes three quarters of the time.
+    "LeNet-5": Subject(lambda: networks.lenet().to(memory_format=torch.channels_last)),
     "digits-8x8-convnet": Subject(convnet, size=8),
     "ResNet-20": Subject(networks.resnet20, size=32, epochs=10),
 }

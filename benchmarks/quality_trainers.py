@@ -72,6 +72,7 @@ def in_trainer(
     """Return a copy of ``dense`` that a Trainer has pruned and trained for 12 epochs."""
     module = Classifier(copy.deepcopy(dense).train(), lr, decay=arm == "ModelPruning-same")
     if arm in MODEL_PRUNING:
+        module.to(memory_format=torch.contiguous_format)  # of others it cannot make one vector
         callbacks: list[Callback] = [model_pruning(module, arm, target)]
     else:
         # Scored and fitted on the digits that all arms have, instead of the validation's.

@@ -190,6 +190,40 @@ def test_norms_and_biases_stay_and_so_does_what_is_excluded() -> None:
             assert (parameter != 0).all(), name
 
 
+class Convolving(Digits):
+    """Digits as pictures of two channels, in float64: rounding must not tell masks apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        body = [nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()]
+        self.net = nn.Sequential(*body, nn.Flatten(), nn.Linear(72, 10)).double()
+
+    def forward(self, x):
+        image = x.double().reshape(-1, 1, 8, 8)
+        return self.net(torch.cat([image, 1 - image], 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"criterion": "obs", "refit": "layers"}, {"refit": "outputs"}],
+    ids=["obs and layers", "taylor and outputs"],
+)
+def test_weights_with_channels_last(options) -> None:
+    """Lightning's ModelPruning ends with torch's "view size is not compatible"."""
+    nets, masks = {}, {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        model = Convolving().to(memory_format=layout)
+        pruner = SaliencyPruningCallback({0: 0.8}, **options)
+        trainer(pruner, max_epochs=1).fit(model, *loaders(64, 64))
+        nets[layout], masks[layout] = model.net, pruner.masks
+    last = nets[torch.channels_last]
+    assert last[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert same(masks[torch.channels_last], masks[torch.contiguous_format])
+    assert sparsity(masks[torch.channels_last]) == pytest.approx(0.8, abs=1e-3)
+    torch.testing.assert_close(last.state_dict(), nets[torch.contiguous_format].state_dict())
+
+
 def test_frozen_parameters_are_pruned_and_stay_frozen() -> None:
     model = make_model()
     model.net[0].weight.requires_grad_(False)
