@@ -45,9 +45,9 @@ class BatchJoin:
         """
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
-                f"{name}: expected a training_step(batch, batch_idx) for inject='batch', but "
+                f"{name}: expected a training_step(batch, batch_idx) for train_by='batch', but "
                 f"{type(pl_module).__name__}'s takes a dataloader_iter, so that there is no batch "
-                "to join. Take a batch, or leave 'batch' out of `inject`."
+                "to join. Take a batch, or leave 'train' out of `inject`."
             )
 
     def attach(self, trainer: Trainer, add: Callable[[Any], Any]) -> None:

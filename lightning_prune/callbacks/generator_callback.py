@@ -110,7 +110,8 @@ class GeneratorCallback(Callback):
         # One call an epoch: Lightning's own epoch mean would cost as much as the VAE's steps.
         means = {f"{self.name}/{term}": mean for term, mean in self._terms.finish().items()}
         if means and not trainer.barebones:
-            pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True)
+            # The means are of samples already; a step with a dataloader_iter has no batch size.
+            pl_module.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._warn_of_collapse(means.get(f"{self.name}/kl"))
         if trainer.is_global_zero and self._training.ready:
             log_picture(

@@ -293,3 +293,11 @@ def peek_batch(trainer: Trainer, loaders: Any) -> Any:
         except (TypeError, KeyError, IndexError, NotImplementedError):
             return None  # not indexed by 0, 1, ...: the first scored batch will have to tell
         return on_device(trainer, batch)
+
+
+def as_names(**argument: list[str] | None) -> list[str] | None:
+    """Return an argument that lists names; a lone name is refused, its letters would be names."""
+    ((name, value),) = argument.items()
+    if isinstance(value, str):
+        raise TypeError(f"Expected `{name}` to be a list of names, but got {value!r}.")
+    return None if value is None else list(value)

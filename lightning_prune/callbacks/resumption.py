@@ -6,11 +6,28 @@ batches it would have seen. Where in an epoch a checkpoint was written must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+
+def warn_of_lost_masks(
+    state_key: str, pruners: Sequence[Callback], checkpoint: dict[str, Any]
+) -> None:
+    """Warn if a pruner finds no state in a checkpoint that has one of a pruner set up otherwise."""
+    states = checkpoint.get("callbacks") or {}
+    kind = state_key.partition("{")[0] + "{"
+    found = {key for key in states if key.startswith(kind)}
+    lost = found - {pruner.state_key for pruner in pruners}
+    if lost and state_key not in states:
+        rank_zero_warn(
+            f"The checkpoint has no masks of {state_key}, but those of {', '.join(sorted(lost))}, "
+            "which is no callback of this run: what that one removed will grow back. To go on with "
+            "its masks give the same `parameters` and `exclude` as then."
+        )
 
 
 def skipped_validation(trainer: Trainer) -> int | None:

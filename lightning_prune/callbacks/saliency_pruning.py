@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan
 from lightning_prune.callbacks.pruner import Pruner
 from lightning_prune.callbacks.pruning_state import PruningRecord
+from lightning_prune.callbacks.resumption import warn_of_lost_masks
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import ScoringOptions, callbacks_of, is_fitting
@@ -26,7 +27,7 @@ from lightning_prune.masking import sparsity
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Likelihood, Target
 from lightning_prune.schedules import Schedule, as_schedule
-from lightning_prune.selection import Selection, resolve_criterion
+from lightning_prune.selection import CriterionLike, Selection, resolve_criterion
 
 
 class SaliencyPruningCallback(Callback):
@@ -97,7 +98,7 @@ class SaliencyPruningCallback(Callback):
         | dict[int, float | Threshold]
         | Callable[[int], float | Threshold | None],
         *,
-        criterion: Callable[[Scores, Mapping[str, Tensor]], Scores] | str = "taylor",
+        criterion: CriterionLike = "taylor",
         target: Target = "probability",
         likelihood: Likelihood = "categorical",
         tolerance: float = 1e-3,
@@ -114,8 +115,8 @@ class SaliencyPruningCallback(Callback):
     ) -> None:
         super().__init__()
         self.schedule = as_schedule(schedule)
-        self._names = _as_names(parameters=parameters)
-        self._exclude = _as_names(exclude=exclude)
+        self._names = preflight.as_names(parameters=parameters)
+        self._exclude = preflight.as_names(exclude=exclude)
         options = ScoringOptions(target, likelihood, tolerance, forward)
         self._pruner = Pruner(
             schedule=self.schedule,
@@ -315,6 +316,13 @@ class SaliencyPruningCallback(Callback):
         return self._key
 
     @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if is_fitting(trainer):
+            warn_of_lost_masks(self.state_key, pruners_of(trainer), checkpoint)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return self._pruner.pack()
 
@@ -339,10 +347,3 @@ class SaliencyPruningCallback(Callback):
 def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:
     """Return the pruners among a Trainer's callbacks."""
     return [c for c in callbacks_of(trainer) if isinstance(c, SaliencyPruningCallback)]
-
-
-def _as_names(**argument: list[str] | None) -> list[str] | None:
-    ((name, value),) = argument.items()
-    if isinstance(value, str):
-        raise TypeError(f"Expected `{name}` to be a list of names, but got {value!r}.")
-    return None if value is None else list(value)

@@ -167,8 +167,7 @@ class TrainingInjection:
             rank_zero_warn(
                 f"{self.name}: no generated inputs joined the training in this epoch. Either their "
                 "gradients were never finite; or the optimizer was stepped past Lightning, which "
-                "with manual optimization needs `self.optimizers()`; or training_step takes a "
-                "dataloader_iter, which is not supported."
+                "with manual optimization needs `self.optimizers()`."
             )
         if self._adapt and self.teacher is not None:
             self._mix.end_epoch(trainer, pl_module)

@@ -239,7 +239,7 @@ class VAEAugmentCallback(GeneratorCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch is None:  # a training_step that fetches its batches itself
+        if batch is None:  # the first one of a training_step that fetches its batches itself
             return
         form = self._training.prepare(trainer, self._real_part(batch))
         if not self._rehearsed:

@@ -7,7 +7,7 @@ the masks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lightning_prune._masks import mask_faults
 from lightning_prune._targets import count_faults, is_number, raise_faults
-from lightning_prune._types import Forward, Masks, Scores
+from lightning_prune._types import Forward, Masks
 from lightning_prune.masking import count_removed, find_prunable
 from lightning_prune.offline.descent import Descent, Scoring
 from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
 from lightning_prune.passes.batches import default_forward
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Likelihood, Target
-from lightning_prune.selection import Criterion, Selection, resolve_criterion
+from lightning_prune.selection import Criterion, CriterionLike, Selection, resolve_criterion
 
 
 def prune(  # noqa: PLR0913  (options of users, given by name)
@@ -31,7 +31,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     *,
     sparsity: float,
     stages: int = 1,
-    criterion: Callable[[Scores, Mapping[str, Tensor]], Scores] | str = "taylor",
+    criterion: CriterionLike = "taylor",
     refit: bool | Refit = False,
     generator: Sampler | None = None,
     generated: int | Literal["auto"] | None = None,

@@ -8,13 +8,19 @@ leaves: masks, ``True`` where a weight is kept.
 from __future__ import annotations
 
 from lightning_prune.selection.choice import Selected, Selection
-from lightning_prune.selection.criteria import CRITERIA, Criterion, resolve_criterion
+from lightning_prune.selection.criteria import (
+    CRITERIA,
+    Criterion,
+    CriterionLike,
+    resolve_criterion,
+)
 from lightning_prune.selection.sparsity import keep_largest
 from lightning_prune.selection.threshold import Threshold, keep_above
 
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "CriterionLike",
     "Selected",
     "Selection",
     "Threshold",

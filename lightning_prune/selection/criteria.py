@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -99,6 +99,11 @@ def random(scores: Scores, parameters: Mapping[str, Tensor], *, seed: int = 0) -
     }
 
 
+CriterionLike: TypeAlias = (
+    Literal["saliency", "taylor", "obs", "magnitude", "random"] | CriterionFunction
+)
+"""What users give: a name, in this order for configuration files, or a function."""
+
 CRITERIA: Mapping[str, tuple[CriterionFunction, bool]] = {
     "saliency": (saliency, True),
     "taylor": (taylor, True),
@@ -109,7 +114,7 @@ CRITERIA: Mapping[str, tuple[CriterionFunction, bool]] = {
 """Name -> the ranking and whether it needs R."""
 
 
-def resolve_criterion(criterion: str | CriterionFunction, *, seed: int = 0) -> Criterion:
+def resolve_criterion(criterion: CriterionLike, *, seed: int = 0) -> Criterion:
     """Return the criterion a user asked for by name or wrote as a function.
 
     Args:

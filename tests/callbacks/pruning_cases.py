@@ -163,3 +163,8 @@ class Generated(L.Callback):
 def every_epoch(epoch: int) -> float:
     """A schedule as a function, for configuration by name."""
     return min(0.9, 0.3 * (epoch + 1))
+
+
+def flat(scores: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A criterion as a function, for configuration by name."""
+    return {name: scores[name] * weights[name].abs() for name in scores}

@@ -61,9 +61,9 @@ SCHEDULES = {
 def configure(tmp_path, monkeypatch):
     """From the pruner's arguments in YAML to a LightningCLI, as from the command line."""
 
-    def make(arguments: str) -> LightningCLI:
+    def make(text: str, *, whole: bool = False) -> LightningCLI:
         file = tmp_path / "config.yaml"
-        file.write_text(HEAD + "        " + arguments + TAIL)
+        file.write_text(text if whole else HEAD + "        " + text + TAIL)
         monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own calls
         monkeypatch.setattr(sys, "argv", ["train.py", f"--config={file}"])
         return LightningCLI(
@@ -94,6 +94,20 @@ def test_all_arguments_in_yaml_and_a_fit(configure) -> None:
     assert isinstance(augment, VAEAugmentCallback)
     cli.trainer.fit(cli.model, *loaders())
     assert pruner.sparsity == round(0.8 * TOTAL) / TOTAL
+
+
+@pytest.mark.parametrize(
+    "criterion", ["obs", "saliency", "taylor", "tests.callbacks.pruning_cases.flat"]
+)
+def test_the_configuration_that_lightning_saves_makes_the_same_run(configure, criterion) -> None:
+    text = f"""schedule: {{0: 0.5}}
+        criterion: {criterion}
+        refit: layers"""
+    saved = configure(text)
+    saved = saved.parser.dump(saved.config, skip_none=False)
+    again = configure(saved, whole=True)
+    assert again.parser.dump(again.config, skip_none=False) == saved
+    assert f"criterion: {criterion}" in saved
 
 
 @pytest.mark.parametrize(

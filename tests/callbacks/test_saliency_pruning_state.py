@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import lightning as L
 import pytest
@@ -22,6 +23,7 @@ from tests.callbacks.pruning_cases import (
     make_model,
     removed,
     trainer,
+    warnings_of,
     zeros,
 )
 
@@ -188,6 +190,21 @@ def test_pruners_of_different_parameters_have_states_of_their_own() -> None:
     assert len(set(keys)) == 4
     # What may change between two runs is not in the key, or the state would be lost:
     assert SaliencyPruningCallback({1: 0.5}, criterion="magnitude").state_key == keys[0]
+
+
+def test_a_resumed_run_whose_pruner_has_other_names_says_that_masks_are_lost(tmp_path) -> None:
+    fit_with_checkpoints(tmp_path)
+    renamed = SaliencyPruningCallback(SCHEDULE, exclude=["net.1.*"])  # prunes the same weights
+    arguments = {"ckpt_path": tmp_path / "epoch=4.ckpt", "weights_only": True}
+    with warnings_of(r"what that one removed will grow back.*`parameters` and `exclude`"):
+        trainer(renamed, max_epochs=6).fit(make_model(optimizer=adamw), *loaders(), **arguments)
+    assert not renamed.masks
+    same_names = SaliencyPruningCallback({0: 0.1})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(same_names, max_epochs=6).fit(make_model(optimizer=adamw), *loaders(), **arguments)
+    assert not any("will grow back" in str(warning.message) for warning in caught)
+    assert removed(same_names.masks) == round(0.8 * TOTAL)
 
 
 def test_masks_follow_the_weights_that_a_test_loads(tmp_path) -> None:

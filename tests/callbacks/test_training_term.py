@@ -305,6 +305,23 @@ def test_stepping_past_lightning_is_noticed(recwarn):
     assert len(named) == 1  # Python shows a warning once a line
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_fetches_its_batches_has_a_term_from_the_second_on():
+    """Lightning shows the batch before: how many samples to draw, and of which form."""
+
+    class Fetching(Model):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    recorder, model, _ = run(model=Fetching(), max_epochs=2)
+    assert model.trainer.global_step == 8  # both epochs were trained to their ends
+    assert [generated is not None for generated in recorder.generated] == [
+        *[False, True, True, True],
+        *[False, True, True, True],
+    ]
+
+
 def test_gradients_that_are_not_finite_are_left_out(recwarn):
     class Fragile(Model):
         """Overflows on generated inputs only: real digits are exactly on a grid of sixteenths."""
