@@ -5,14 +5,14 @@ Enters: generated inputs, a batch of the user's as a pattern, logits. Leaves: ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
+
+from lightning_prune.passes.batches import change_tensors
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 """How a model's output is read, as for the scores: classes, independent bits, or a regression."""
@@ -66,7 +66,7 @@ class BatchForm:
                 those with B rows give their first n, again from the start where n > B. What has no
                 rows is passed on.
         """
-        return self._mapped(lambda leaf: self._rows(leaf, generated, labels))
+        return change_tensors(self.batch, lambda leaf: self._rows(leaf, generated, labels))
 
     def join(self, generated: Tensor, labels: Tensor | None = None) -> Any:
         """Return the batch with generated inputs (n, *shape) behind its own: of B + n samples.
@@ -95,9 +95,9 @@ class BatchForm:
             rows = self._rows(leaf, generated, labels)
             return torch.cat([leaf, rows.to(leaf.device, leaf.dtype)])
 
-        return self._mapped(joined)
+        return change_tensors(self.batch, joined)
 
-    def _rows(self, leaf: Any, generated: Tensor, labels: Tensor | None) -> Any:
+    def _rows(self, leaf: Tensor, generated: Tensor, labels: Tensor | None) -> Any:
         """Return what stands at a leaf's place in a batch of generated inputs."""
         if leaf is self.inputs:
             return generated
@@ -108,13 +108,8 @@ class BatchForm:
         rows = torch.arange(len(generated)) % max(len(self.inputs), 1)
         return leaf.index_select(0, rows.to(leaf.device))
 
-    def _has_rows(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(self.inputs)
-
-    def _mapped(self, change: Callable[[Any], Any]) -> Any:
-        # Mappings of other libraries are leaves to pytree; a dict is not.
-        plain = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
-        return pytree.tree_map(change, plain)
+    def _has_rows(self, leaf: Tensor) -> bool:
+        return leaf.ndim > 0 and len(leaf) == len(self.inputs)
 
 
 def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Tensor:

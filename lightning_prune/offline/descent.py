@@ -77,31 +77,32 @@ class Descent:
     method: Refit | None
 
     def __call__(
-        self, path: list[float], masks: Masks | None, real: list[Any], extra: list[Any]
+        self,
+        dense: Teacher,
+        path: list[float],
+        masks: Masks | None,
+        real: list[Any],
+        extra: list[Any],
     ) -> tuple[Masks, list[str], dict[str, str]]:
         """Prune along a path; return the masks, what the guard spared, and what no refit corrected.
 
-        If anything goes wrong the model is what it was.
+        If anything goes wrong the model is somewhere on its way: ``dense``, which is the model as
+        it is now, can take it back.
         """
         model, parameters = self.scoring.model, self.scoring.parameters
-        dense = Teacher.of(model)
         fit, held_out = hold_out(real)
         calibration = self._calibration(dense, fit, held_out, extra)
         masks = complete_masks(dict(parameters), masks)
         corrected, left, guarded = set[str](), dict[str, str](), list[str]()
-        try:
-            for share in path:
-                scores, saliency = self.scoring([*real, *extra], masks)
-                selected = self.selection(scores, share, masks=masks, saliency=saliency)
-                masks, guarded = selected.masks, selected.guarded
-                zero_removed(parameters, masks)
-                if self.method is not None and count_removed(masks)[0]:
-                    report = refit_survivors(model, masks, calibration, self.method)
-                    corrected.update(report.refitted)
-                    left = report.left
-        except BaseException:
-            dense.restore(model)
-            raise
+        for share in path:
+            scores, saliency = self.scoring([*real, *extra], masks)
+            selected = self.selection(scores, share, masks=masks, saliency=saliency)
+            masks, guarded = selected.masks, selected.guarded
+            zero_removed(parameters, masks)
+            if self.method is not None and count_removed(masks)[0]:
+                report = refit_survivors(model, masks, calibration, self.method)
+                corrected.update(report.refitted)
+                left = report.left
         return masks, guarded, {n: why for n, why in left.items() if n not in corrected}
 
     def trial(self, path: list[float], masks: Masks | None) -> Trial:
@@ -112,8 +113,8 @@ class Descent:
 
         def measured(real: list[Any], extra: list[Any], unseen: list[Any]) -> Tensor:
             dense = Teacher.of(self.scoring.model)
-            self(path, masks, real, extra)
             try:
+                self(dense, path, masks, real, extra)
                 return group_divergences(
                     self.scoring.model, self._calibration(dense, [], unseen, [])
                 )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune._masks import mask_faults
@@ -20,6 +21,8 @@ from lightning_prune.masking import count_removed, find_prunable
 from lightning_prune.offline.descent import Descent, Scoring
 from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
 from lightning_prune.passes.batches import default_forward
+from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Likelihood, Target
 from lightning_prune.selection import Criterion, CriterionLike, Selection, resolve_criterion
@@ -108,7 +111,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     path = _path(sparsity, stages, chosen, masks or {})
     _check(selection, ranking, generator, generated, likelihood, chosen, path)
     method = refit_method(refit)
-    real = list(batches)
+    with own_randomness(torch.device("cpu"), seed, "batches"):  # a DataLoader draws a seed
+        real = list(batches)
     if not real:
         raise ValueError("Expected at least one batch to prune by but `batches` was empty.")
     forward = default_forward if forward is None else forward
@@ -129,18 +133,24 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             extra = chosen_batches(descent.trial(path, masks), real, draw)
         else:
             extra = draw(generated)
-    masks, guarded, left = descent(path, masks, real, extra)
-    if guarded:
-        warnings.warn(
-            f"{', '.join(guarded)} would have lost too much; the guard against collapse "
-            "left them more than the ranking asks for.",
-            stacklevel=2,
-        )
-    if notes := [f"{name}: {why}" for name, why in left.items()]:
-        warnings.warn(
-            f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=2
-        )
-    return masks
+    dense = Teacher.of(model)
+    try:
+        masks, guarded, left = descent(dense, path, masks, real, extra)
+        if guarded:
+            warnings.warn(
+                f"{', '.join(guarded)} would have lost too much; the guard against collapse "
+                "left them more than the ranking asks for.",
+                stacklevel=2,
+            )
+        if notes := [f"{name}: {why}" for name, why in left.items()]:
+            warnings.warn(
+                f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=2
+            )
+    except BaseException:  # a warning may be one, too
+        dense.restore(model)
+        raise
+    with torch.inference_mode(False):  # masks are for later use, whatever the mode is here
+        return {name: mask.clone() for name, mask in masks.items()}
 
 
 def _path(

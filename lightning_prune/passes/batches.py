@@ -8,12 +8,12 @@ one escape hatch for everything these functions cannot read is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_prune.exceptions import BatchFormatError
 
@@ -117,9 +117,10 @@ def batch_size(batch: Any) -> int:
     Raises:
         BatchFormatError: If the batch holds no tensor with a sample axis.
     """
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
+    sizes: list[int] = []
+    change_tensors(batch, lambda leaf: sizes.extend(leaf.shape[:1]))
+    if sizes:
+        return sizes[0]
     raise BatchFormatError(
         "Expected a batch with a tensor whose axis 0 counts samples, but got "
         f"{_describe(batch)}. {WAY_OUT}"
@@ -134,12 +135,12 @@ def take_samples(batch: Any, index: Tensor) -> Any:
     """
     size = batch_size(batch)
 
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
+    def take(leaf: Tensor) -> Tensor:
+        if leaf.ndim and leaf.shape[0] == size:
             return leaf.index_select(0, index.to(leaf.device))
         return leaf
 
-    return pytree.tree_map(take, _plain(batch))
+    return change_tensors(batch, take)
 
 
 def outside_inference_mode(batch: Any) -> Any:
@@ -147,17 +148,18 @@ def outside_inference_mode(batch: Any) -> Any:
 
     Has to be called with inference mode off (``torch.inference_mode(False)``).
     """
-
-    def clone(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-    return pytree.tree_map(clone, _plain(batch))
+    return change_tensors(batch, lambda leaf: leaf.clone() if leaf.is_inference() else leaf)
 
 
-def _plain(batch: Any) -> Any:
-    # Mappings of other libraries (Hugging Face's BatchEncoding) are leaves to pytree;
-    # a dict is not.
-    return dict(batch) if isinstance(batch, Mapping) else batch
+def change_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return a batch of the same form with every tensor changed.
+
+    Args:
+        batch: Any nesting of sequences, mappings (also of other libraries' classes, such as Hugging
+            Face's BatchEncoding) and dataclasses; it stays as it is.
+        change: Called with each tensor, in order.
+    """
+    return apply_to_collection(batch, Tensor, change)
 
 
 def _keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,3 +93,17 @@ def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[N
     finally:
         for submodule in changed:
             submodule.training = True
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules as they were written.
+
+    A graph that was captured before knows nothing of hooks that came later and of function modes.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:  # older torch has no switch for it
+        yield
+        return
+    with set_stance("force_eager"):
+        yield

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.passes.isolation import eager, evaluating, own_randomness
 
 
 @contextmanager
 def borrowed(model: nn.Module, *, derivatives: Literal[0, 1, 2] = 0) -> Iterator[None]:
     """Run a block on the model in eval mode, in full precision and with random numbers of its own.
+
+    Compiled modules run as they were written.
 
     Args:
         model: The model.
@@ -31,6 +33,7 @@ def borrowed(model: nn.Module, *, derivatives: Literal[0, 1, 2] = 0) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, differentiable=derivatives == 1))
         stack.enter_context(own_randomness(device, "refit"))
+        stack.enter_context(eager())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(derivatives > 0))
         stack.enter_context(torch.autocast(device.type, enabled=False))

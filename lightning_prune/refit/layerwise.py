@@ -93,10 +93,12 @@ def refit_layers(
         layers, left = find_layers(model, list(masks), run)
         report.left.update(left)
         for layer in layers:
-            keep = _kept(layer, masks)
-            found = _moments(model, layer, calibration, fit)
-            checked = _moments(model, layer, calibration, checks) if checks else found
-            reason = _refit(layer, keep, found, checked, ridge)
+            try:
+                found = _moments(model, layer, calibration, fit)
+                checked = _moments(model, layer, calibration, checks) if checks else found
+                reason = _refit(layer, _kept(layer, masks), found, checked, ridge)
+            except _OtherInputsError as error:
+                reason = str(error)
             for name in (layer.name, layer.bias_name):
                 if name in masks and reason is None:
                     report.refitted.append(name)
@@ -114,11 +116,16 @@ def _moments(
     for index, batch in enumerate(batches):
         dense = partial(calibration.dense.logits, model, batch, calibration.forward)
         pruned = partial(calibration.forward, model, batch)
-        targets = [outputs for _, outputs in calls_of(layer, dense, index)]
-        inputs = [inputs for inputs, _ in calls_of(layer, pruned, index)]
-        for a, z in zip(inputs, targets, strict=False):
+        sought, given = calls_of(layer, dense, index), calls_of(layer, pruned, index)
+        if [a.shape for a, _ in sought] != [a.shape for a, _ in given]:
+            raise _OtherInputsError("its layer's inputs are of other shapes than the dense one's")
+        for (_, z), (a, _) in zip(sought, given, strict=True):
             moments.add(layer.module, a, z)
     return moments
+
+
+class _OtherInputsError(Exception):
+    """What reaches a layer hangs on values (experts, early exits): nothing is comparable."""
 
 
 def _kept(layer: Layer, masks: Masks) -> Tensor:

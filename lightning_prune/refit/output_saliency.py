@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_prune._types import Forward
-from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import derived_seed, own_randomness
 from lightning_prune.refit.borrowing import device_of
@@ -55,6 +55,7 @@ def output_saliency(
     Raises:
         ValueError: The logits have no class axis.
         NonFiniteScoresError: Logits are NaN or infinite.
+        SaliencyError: A layer has no gradient path to the logits.
     """
     totals: dict[str, Tensor] = {}
     positions = dict.fromkeys((layer.name for layer in layers), 0)
@@ -76,10 +77,13 @@ def output_saliency(
                     squares, places = _squares_by_row(layer, gradient)
                     totals[layer.name] = totals.get(layer.name, torch.zeros_like(squares)) + squares
                     positions[layer.name] += places if i == 0 else 0
+    if without := [layer.name for layer in layers if layer.name not in totals]:
+        raise SaliencyError(
+            f"Expected every weight to have a gradient path to the logits, but {without} have "
+            "none (detached, or run without gradients). Leave them out with `parameters=`."
+        )
     return {
-        layer.name: totals.get(layer.name, torch.zeros(layer.weight.shape[0], dtype=torch.float64))
-        / max(1.0, positions[layer.name] / max(1, samples))
-        for layer in layers
+        name: total / max(1.0, positions[name] / max(1, samples)) for name, total in totals.items()
     }
 
 
@@ -91,6 +95,8 @@ def _forward(
     edges: list[tuple[Layer, GradientEdge]] = []
 
     def see(module: nn.Module, _: Tensor, outputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # by the model itself
+            return outputs
         # Added to something that requires gradients, the output does so in a frozen network too.
         # The edge stays that of this value if a later layer changes it in place.
         outputs = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.exceptions import SaliencyError
+from lightning_prune.passes.isolation import eager
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
-            _eager(),
+            eager(),
         ):
             for module in training:
                 module.training = False
@@ -87,15 +88,3 @@ def _check_batch_norm(modules: Mapping[str, nn.Module]) -> None:
                 "Call model.eval() before scoring (Lightning's validation does), and give the "
                 "layer track_running_stats=True."
             )
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    # A compiled module would be traced anew under the function mode.
-    # Older torch has no switch for it.
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:
-        yield
-        return
-    with set_stance("force_eager"):
-        yield

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections import UserDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,11 +14,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
 from lightning_prune import SaliencyAccumulator, Selection, prune, sparsity, squared_gradients
 from lightning_prune.offline import descent
-from lightning_prune.passes.batches import batch_size
+from lightning_prune.passes.batches import batch_size, take_samples
 from lightning_prune.refit import method
 
 
@@ -52,6 +56,11 @@ def batches(digits: tuple[Tensor, Tensor]) -> list[Any]:
 def accuracy(model: nn.Module, digits: tuple[Tensor, Tensor]) -> float:
     with torch.no_grad():
         return float((model(digits[0][1200:]).argmax(1) == digits[1][1200:]).float().mean())
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def zeros(model: nn.Module) -> int:
@@ -372,3 +381,92 @@ def test_generated_inputs_are_no_real_ones_for_a_refit(trained, batches, monkeyp
     prune(other, batches, refit="layers", **options)
     assert seen == [(900, 100, 600)] * 2
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_draws_nothing_from_the_users_random_state(trained, digits, shuffle) -> None:
+    loader = DataLoader(TensorDataset(*(d[:200] for d in digits)), 50, shuffle=shuffle)
+    models = [copy.deepcopy(trained) for _ in range(2)]
+    before = torch.get_rng_state()
+    for model in models:
+        prune(model, loader, sparsity=0.5, refit="layers")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(*models)
+
+
+def test_a_warning_that_is_an_error_takes_everything_back(model, batches) -> None:
+    before = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="guard against collapse"):
+            prune(model, batches, sparsity=0.998)
+    assert same(model, before)
+
+
+def test_masks_made_under_inference_mode_can_be_changed(model, batches) -> None:
+    with torch.inference_mode():
+        masks = prune(model, batches, sparsity=0.5)
+    for mask in masks.values():
+        mask[0] = True
+        assert not mask.is_inference()
+
+
+@dataclass
+class Pair:
+    """A batch as an object, which Lightning moves between devices too."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Row(UserDict):
+    """A mapping that is no dict, as Hugging Face's BatchEncoding is none."""
+
+    @property
+    def x(self) -> Tensor:
+        return self["x"]
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda x, y: Row(x=x, labels=y)], ids=["object", "mapping"])
+@pytest.mark.parametrize(
+    ("criterion", "refit"), [("taylor", False), ("obs", "layers"), ("magnitude", "outputs")]
+)
+def test_batches_of_a_class_of_their_own(trained, batches, kind, criterion, refit) -> None:
+    options = {"sparsity": 0.5, "criterion": criterion, "refit": refit}
+    plain, other = copy.deepcopy(trained), copy.deepcopy(trained)
+    prune(plain, batches, **options)
+    own = [kind(x, y) for x, y in batches]
+    prune(other, own, forward=lambda model, batch: model(batch.x), **options)
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # not summed in the same order
+        assert torch.equal(a == 0, b == 0)
+    assert isinstance(take_samples(own[0], torch.tensor([1])), type(own[0]))
+
+
+class Experts(nn.Module):
+    """Each sample goes to the expert that its gate prefers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate, self.out = nn.Linear(64, 32), nn.Linear(32, 3), nn.Linear(32, 10)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x).relu()
+        weight, chosen = self.gate(h).softmax(1).max(1)
+        y = torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            y = y.index_add(0, rows, expert(h[rows]) * weight[rows, None])
+        return self.out(y.relu())
+
+
+def test_a_layer_that_other_samples_reach_is_left_and_said(batches) -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    with pytest.warns(
+        UserWarning, match=r"experts.0.weight: its layer's inputs are of other shapes"
+    ):
+        masks = prune(model, batches, sparsity=0.7, criterion="magnitude", refit="layers")
+    assert sparsity(masks) == pytest.approx(0.7, abs=1e-3)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

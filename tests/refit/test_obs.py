@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune._types import Masks
-from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import obs as obs_module
 from lightning_prune.refit import output_saliency as output_saliency_module
@@ -273,6 +273,46 @@ def test_what_has_no_price_is_refused_all_at_once() -> None:
         assert repr(name) in message
     assert "self_attn.in_proj_weight" in message
     assert "linear1" not in message
+
+
+class Cut(nn.Module):
+    """The first layer is a fixed feature extractor, one way or the other."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                h = self.first(x).relu()
+        else:
+            h = self.first(x).relu().detach()
+        return self.last(h)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_a_layer_without_a_gradient_path_is_named(how: str) -> None:
+    model, x = Cut(how), torch.randn(30, 6)
+    with pytest.raises(SaliencyError, match=r"\['first.weight'\] have none"):
+        obs_prices(model, {}, ["first.weight", "last.weight"], [x])
+    assert float(obs_prices(model, {}, ["last.weight"], [x])["last.weight"].sum()) > 0
+
+
+def test_a_submodule_that_was_compiled_and_run_has_the_same_prices() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = [torch.randn(20, 10) for _ in range(3)]
+    plain = nn.Sequential(net)
+    names = [name for name, p in plain.named_parameters() if p.ndim > 1]
+    expected = obs_prices(plain, {}, names, x)
+    compiled = nn.Sequential(torch.compile(net, backend="eager"))
+    compiled(x[0])  # the graph is captured before the hooks come
+    names = [name for name, p in compiled.named_parameters() if p.ndim > 1]
+    found = obs_prices(compiled, {}, names, x)
+    for one, other in zip(expected.values(), found.values(), strict=True):
+        assert float(one.sum()) > 0
+        assert torch.equal(one, other)
 
 
 def test_arguments_that_fit_nothing_are_refused() -> None:
