@@ -66,6 +66,17 @@ def mask_averages(trainer: Trainer, masks: Masks) -> int:
     return copies
 
 
+def averaging_after(trainer: Trainer, callback: Callback) -> list[str]:
+    """Name the callbacks behind ``callback`` that put averaged weights in when training ends."""
+    callbacks: list[Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    behind = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
+    return [
+        type(other).__name__
+        for other in behind
+        if any(isinstance(value, AveragedModel) for value in vars(other).values())
+    ]
+
+
 def _copies_of(callback: Callback) -> Iterator[nn.Module]:
     if isinstance(callback, StochasticWeightAveraging):
         if isinstance(callback._average_model, nn.Module):

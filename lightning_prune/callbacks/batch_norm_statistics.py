@@ -5,6 +5,7 @@ Enters: training batches. Leaves: running means and variances that are averages 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -21,12 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_prune._targets import count_faults
-from lightning_prune.callbacks.averages import averaged_copies
-from lightning_prune.callbacks.preflight import refuse_trainer
+from lightning_prune.callbacks.averages import averaged_copies, averaging_after
+from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.saliency_pruning import pruners_of
-from lightning_prune.passes.batches import default_forward
+from lightning_prune.exceptions import BatchFormatError
+from lightning_prune.passes.batches import change_tensors, default_call
 from lightning_prune.passes.isolation import evaluating
 
 
@@ -42,16 +44,21 @@ class BatchNormStatistics(Callback):
     It happens after the last training step and before the last epoch's validation, so that the
     last metrics and checkpoints are those of the network that is handed over; and once more at the
     end of the fit if that has changed the weights (an average of weights is put in, or the last
-    event comes in force). Put it after the pruner in the list of callbacks. A layer that is in eval
-    mode (frozen), or keeps no statistics, is left alone; a model without batch norm costs nothing.
-    In distributed training each process sees its own batches and the statistics are averaged.
+    event comes in force). Put it after the pruner in the list of callbacks, and after one that
+    averages weights. A layer that is in eval mode (frozen), or keeps no statistics, is left alone;
+    a model without batch norm costs nothing. In distributed training each process sees its own
+    batches and the statistics are averaged.
 
     Args:
-        batches: How many training batches to use; all of an epoch by default.
-        forward: ``forward(module, batch) -> logits`` where ``module(x)`` is not enough.
+        batches: How many training batches to use; by default all of an epoch, or of a loader
+            without a length at most as many as the fit has had.
+        forward: ``forward(module, batch)`` where ``module(x)`` is not enough; what it returns is
+            not looked at.
 
     Raises:
         ValueError: ``batches`` is not a whole number >= 1.
+        PruningSetupError: In a fit, before its first step: the model cannot be run on a batch, or a
+            callback behind this one will put averaged weights in.
 
     Example:
         >>> BatchNormStatistics(batches=100).batches
@@ -62,20 +69,42 @@ class BatchNormStatistics(Callback):
         self,
         batches: int | None = None,
         *,
-        forward: Callable[[nn.Module, Any], Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
         if batches is not None and (faults := count_faults(batches=batches)):
             raise ValueError(faults[0])
         self.batches = batches
-        self.forward = default_forward if forward is None else forward
+        self.forward = default_call if forward is None else forward
         self._events: int | None = None  # pruning events when the statistics were estimated
+        self._rehearsed = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_trainer(trainer)
-            self._events = None
+            self._events, self._rehearsed = None, False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if batch_norms(pl_module) and (behind := averaging_after(trainer, self)):
+            raise PruningSetupError(
+                f"BatchNormStatistics: expected to stand behind {', '.join(behind)} in the list of "
+                "callbacks, which will put other weights in when the training ends, but stands "
+                "before. Change their order, or leave it out (`batch_norm=False` in a recipe)."
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._rehearsed or batch is None:
+            return
+        # What has to work after the last step is tried before the first.
+        self._rehearsed = True
+        if batch_norms(pl_module):
+            with isolate_rng(), trainer.precision_plugin.forward_context():
+                rehearse(pl_module, batch, self.forward)
 
     @override
     def on_train_batch_end(
@@ -101,7 +130,7 @@ class BatchNormStatistics(Callback):
         if not layers:
             return
         with isolate_rng(), _loader_state(trainer), trainer.precision_plugin.forward_context():
-            batches = islice(_training_batches(trainer, pl_module), self.batches)
+            batches = islice(_training_batches(trainer, pl_module), self._limit(trainer))
             seen = estimate_statistics(pl_module, layers, batches, self.forward)
         if seen == 0:
             rank_zero_warn(
@@ -112,6 +141,12 @@ class BatchNormStatistics(Callback):
             for layer in layers:
                 for statistic in (layer.running_mean, layer.running_var):
                     statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
+
+    def _limit(self, trainer: Trainer) -> int | None:
+        """Return how many batches to take at most, ``None`` for all there are."""
+        if self.batches is None and math.isinf(trainer.num_training_batches):
+            return trainer.fit_loop.epoch_loop.total_batch_idx + 1  # it may never end
+        return self.batches
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -130,11 +165,26 @@ def batch_norms(module: nn.Module) -> list[Any]:
     ]
 
 
+def rehearse(module: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Run a batch once, in eval mode, and say what is missing if that fails.
+
+    Raises:
+        PruningSetupError: The batch cannot be read, or the model does not accept it.
+    """
+    try:
+        with torch.no_grad(), evaluating(module):
+            forward(module, change_tensors(batch, Tensor.clone))
+    except BatchFormatError as error:
+        raise PruningSetupError(
+            f"BatchNormStatistics: {error} Or leave it out (`batch_norm=False` in a recipe)."
+        ) from error
+
+
 def estimate_statistics(
     module: nn.Module,
     layers: list[Any],
     batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Tensor] = default_forward,
+    forward: Callable[[nn.Module, Any], Any] = default_call,
 ) -> int:
     """Make running statistics the averages over batches, each batch counting the same.
 
@@ -142,7 +192,7 @@ def estimate_statistics(
         module: The model; all but ``layers`` is in eval mode meanwhile.
         layers: Its batch norms to estimate.
         batches: In the form that ``forward`` reads.
-        forward: ``forward(module, batch) -> logits``.
+        forward: ``forward(module, batch)``.
 
     Returns:
         How many batches there were. After none, or an exception, the statistics are as before.

@@ -33,7 +33,12 @@ class DistillationCallback(Callback):
     ``(1 - weight) * loss + weight * T^2 KL(dense || pruned)``, both at temperature T (Hinton,
     Vinyals and Dean, 2015, "Distilling the knowledge in a neural network"). It costs one forward
     pass of the dense network a step: there is no second pass of the student, as the mixture is made
-    where the user's loss comes back to the logits. ``training_step`` stays as it is.
+    where the user's loss comes back to the logits. ``training_step`` stays as it is. What part of
+    the loss does not come back through the logits (a penalty on weights, a loss on activations)
+    keeps its full weight, and each call of the network in a step has a term of its own.
+
+    The dense network answers on the model's own modules, before the student does: your forward
+    hooks and counters see two passes, of which the student's is the last.
 
     The divergence is the mean over the predictions of a call, so it stands beside a loss that is a
     mean too, as torch's are by default. With ``accumulate_grad_batches``, mixed precision and DDP

@@ -27,9 +27,9 @@ class LearningRateDecay(Callback):
     Carbin, 2020, "Comparing rewinding and fine-tuning in neural network pruning").
 
     Progress is counted in training batches, or in optimizer steps where ``max_steps`` ends the fit.
-    The rates are those at the fit's start, whatever comes later; when training has ended the
-    optimizers have them again. A resumed run goes on exactly, and one that is resumed with a larger
-    ``max_epochs`` has its decay where the longer fit has it.
+    The rates are those at the fit's start, whatever comes later; when training has ended or was
+    interrupted, the optimizers have them again. A resumed run goes on exactly, and one that is
+    resumed with a larger ``max_epochs`` has its decay where the longer fit has it.
 
     Args:
         start: Where the decay starts: a float in [0, 1) is a share of the fit; an int is an epoch,
@@ -114,6 +114,15 @@ class LearningRateDecay(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_back(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
         if self._factor != 1.0:
             self._apply(trainer, 1.0)
 
@@ -124,14 +133,20 @@ class LearningRateDecay(Callback):
         now = trainer.current_epoch * epoch + batch_idx if trainer.current_epoch else batch_idx
         total = math.inf if epochs is None or epochs < 0 else epochs * epoch
         if trainer.max_steps != -1:
-            in_steps = (
-                math.inf if math.isinf(epoch) else -(-epoch // trainer.accumulate_grad_batches)
-            )
+            in_steps = self._steps_of_an_epoch(trainer, epoch, now)
             ends = math.inf if epochs is None or epochs < 0 else epochs * in_steps
             if trainer.max_steps < ends:
                 epoch, now, total = in_steps, trainer.global_step, trainer.max_steps
         start = self.start * (epoch if isinstance(self.start, int) else total) if self.start else 0
         return now, total, start
+
+    def _steps_of_an_epoch(self, trainer: Trainer, epoch: float, batches: float) -> float:
+        """Return how many optimizer steps an epoch has, after so many batches of the fit."""
+        if math.isinf(epoch):
+            return math.inf
+        if batches and not trainer.lightning_module.automatic_optimization:
+            return epoch * trainer.global_step / batches  # a batch may have several, or none
+        return -(-epoch // trainer.accumulate_grad_batches)
 
     def _note_rates(self, trainer: Trainer) -> None:
         """Take down the rates of optimizers and parameter groups that are new."""

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.augment.mixing import Likelihood, distillation_loss
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.exceptions import BatchFormatError
-from lightning_prune.passes.batches import unwrap_logits
+from lightning_prune.passes.batches import change_tensors, unwrap_logits
 from lightning_prune.passes.isolation import own_randomness
 from lightning_prune.passes.teacher import Teacher
 
@@ -49,6 +49,7 @@ class LogitTerm:
         self._rehearsed = False
         self._handles: list[RemovableHandle] = []
         self._depth = self._level = 0
+        self._dense: Tensor | None = None
         self._name = ""
         self._took_part: Callable[[Tensor], None] | None = None
 
@@ -65,7 +66,7 @@ class LogitTerm:
         """
         self._name, self._took_part, self._level = name, took_part, level
         self._handles = [
-            module.register_forward_pre_hook(self._before_call),
+            module.register_forward_pre_hook(self._before_call, with_kwargs=True),
             module.register_forward_hook(self._after_call, with_kwargs=True),
         ]
 
@@ -86,24 +87,22 @@ class LogitTerm:
 
     # ------------------------------------------------------------------ forward
 
-    def _before_call(self, module: nn.Module, args: Any) -> None:
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # The dense network first: what a call leaves behind on the module (activations for another
+        # loss, say) has to be the student's, and it may change its arguments in place.
+        if self._counts():
+            self._dense = self._dense_answer(module, args, kwargs)
         self._depth += 1
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._depth -= 1
-        if not self.listening or self._depth != self._level or not torch.is_grad_enabled():
+        if not self._counts():
             return
         self.called = True
         logits, transposed = self._read(output)
-        if not logits.requires_grad or (self.teacher is None and self._rehearsed):
+        dense, self._dense = self._dense, None
+        if not logits.requires_grad or dense is None:
             return
-        # Where it has to work hours later, it is tried in the first step with the model itself.
-        teacher = Teacher.of(module) if self.teacher is None else self.teacher
-        self._rehearsed = True
-        with own_randomness(logits.device, "model"):
-            dense = teacher.logits(
-                module, (args, kwargs), lambda m, call: unwrap_logits(m(*call[0], **call[1]))
-            )
         # Now, and not on the way back: the step may go on to change its tensors in place.
         precise = torch.promote_types(logits.dtype, torch.float32)
         leaf = logits.detach().to(precise).requires_grad_()
@@ -113,6 +112,28 @@ class LogitTerm:
         if self.teacher is not None:
             hook = self._mixture(loss.detach(), gradient)
             logits.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _counts(self) -> bool:
+        """Whether the call that begins or has ended is one of the student's in a training step."""
+        return self.listening and self._depth == self._level and torch.is_grad_enabled()
+
+    def _dense_answer(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+        """Return what the dense network says, or in the first step the model in its place."""
+        if self.teacher is None and self._rehearsed:
+            return None
+        # Where it has to work hours later, it is tried in the first step with the model itself.
+        teacher = Teacher.of(module) if self.teacher is None else self.teacher
+        self._rehearsed = True
+        call = change_tensors((args, kwargs), Tensor.clone)
+        device = next(iter(teacher.weights.values())).device
+        with own_randomness(device, "model"):
+            return teacher.logits(module, call, self._read_call)
+
+    def _read_call(self, module: nn.Module, call: Any) -> Tensor:
+        args, kwargs = call
+        output = module(*args, **kwargs)
+        self._read(output)
+        return unwrap_logits(output)
 
     def _read(self, output: Any) -> tuple[Tensor, bool]:
         """Return the tensor with the logits, and whether its classes are on the last of 3 axes."""

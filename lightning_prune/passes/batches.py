@@ -68,10 +68,21 @@ def read_labels(batch: Any) -> Tensor | None:
 def default_forward(module: nn.Module, batch: Any) -> Tensor:
     """Run ``module`` on a batch ``x``, ``(x, y)`` or a dict and return its logits.
 
+    The call is that of :func:`default_call`. An output with an attribute ``logits`` (Hugging Face)
+    is unwrapped; its three-dimensional logits are ``(N, T, C)`` by that library's convention and
+    come back as ``(N, C, T)``, as torch's cross entropy has them.
+
+    Raises:
+        BatchFormatError: If the batch cannot be read or the model does not accept what was read.
+    """
+    return unwrap_logits(default_call(module, batch))
+
+
+def default_call(module: nn.Module, batch: Any) -> Any:
+    """Run ``module`` on a batch ``x``, ``(x, y)`` or a dict and return what it returns.
+
     A dict is passed by keyword as far as ``module.forward`` has parameters of these names (labels
-    are left out), as one tensor otherwise. An output with an attribute ``logits`` (Hugging Face) is
-    unwrapped; its three-dimensional logits are ``(N, T, C)`` by that library's convention and come
-    back as ``(N, C, T)``, as torch's cross entropy has them.
+    are left out), as one tensor otherwise.
 
     Raises:
         BatchFormatError: If the batch cannot be read or the model does not accept what was read.
@@ -79,7 +90,7 @@ def default_forward(module: nn.Module, batch: Any) -> Tensor:
     keywords = _keywords(module, batch) if isinstance(batch, Mapping) else {}
     inputs = None if keywords else read_inputs(batch)
     try:
-        output = module(**keywords) if keywords else module(inputs)
+        return module(**keywords) if keywords else module(inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -92,7 +103,6 @@ def default_forward(module: nn.Module, batch: Any) -> Tensor:
             f"Expected {type(module).__name__} to accept {called}, read by the default forward "
             f"from {_describe(batch)}, but it raised {type(error).__name__}: {error}. {WAY_OUT}"
         ) from error
-    return unwrap_logits(output)
 
 
 def unwrap_logits(output: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import cycle, islice
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,7 @@ from lightning_prune.callbacks.batch_norm_statistics import (
     batch_norms,
     estimate_statistics,
 )
+from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
 from tests.callbacks.pruning_cases import (
     Digits,
@@ -196,6 +198,57 @@ def test_a_forward_of_the_users() -> None:
     ours = BatchNormStatistics(forward=lambda module, batch: module(batch[1]))
     make_trainer(ours, max_epochs=1).fit(model, batches)
     check(model, [(x,) for _, x in batches])
+
+
+class Several(TrainOnly):
+    """Returns more than logits, which running statistics do not care for."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.net(x), x
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.steps += 1
+        return nn.functional.cross_entropy(self(batch[0])[0], batch[1])
+
+
+class Distant(Several):
+    """Takes two arguments."""
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.net(x * scale)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.steps += 1
+        return nn.functional.cross_entropy(self(batch[0], torch.ones(1)), batch[1])
+
+
+def test_an_output_of_any_form_will_do() -> None:
+    model = Several()
+    make_trainer(BatchNormStatistics(), max_epochs=1).fit(model, loaders()[0])
+    check(model, loaders()[0])
+
+
+def test_what_cannot_be_run_is_said_before_the_first_step() -> None:
+    model = Distant()
+    with pytest.raises(PruningSetupError, match=r"(?s)BatchNormStatistics.*forward=.*batch_norm"):
+        make_trainer(BatchNormStatistics(), max_epochs=1).fit(model, loaders()[0])
+    assert model.steps == 0
+
+
+def test_a_stream_without_an_end_is_read_as_far_as_the_fit_has() -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return cycle(zip(*digits(), strict=True))
+
+    model = TrainOnly()
+    stream = DataLoader(Stream(), 32)
+    make_trainer(BatchNormStatistics(), max_epochs=-1, max_steps=5).fit(model, stream)
+    check(model, list(islice(stream, 5)))
+
+
+def test_averaged_weights_that_would_come_later_are_refused() -> None:
+    with pytest.raises(PruningSetupError, match="behind EMAWeightAveraging"):
+        fit(BatchNormStatistics(), EMAWeightAveraging(decay=0.9), max_epochs=1)
 
 
 def test_after_an_exception_all_is_as_before() -> None:

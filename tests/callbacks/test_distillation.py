@@ -261,6 +261,29 @@ def test_a_weight_of_zero_leaves_the_training_as_it_is() -> None:
         assert torch.equal(a, b)
 
 
+class Remembering(Model):
+    """Has a second loss on activations that ``forward`` leaves behind, and changes its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.sub_(0.5)
+        self.hidden = self.net[:2](x)
+        return self.net[2](self.hidden)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch[0].clone(), batch[1]
+        return F.cross_entropy(self(x), y) + 0.5 * self.hidden.square().mean()
+
+
+def test_what_forward_leaves_behind_and_does_to_its_input_is_the_students() -> None:
+    x, y = digits()
+    alone, observed = Remembering(), Remembering()
+    for model, callbacks in ((alone, []), (observed, [DistillationCallback(weight=0.0)])):
+        trainer = L.Trainer(**{**QUIET, "max_epochs": 2}, callbacks=callbacks)
+        trainer.fit(model, DataLoader(TensorDataset(x[:96], y[:96]), BATCH))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(observed.state_dict()[name], value)
+
+
 def test_the_dense_network_is_that_before_the_first_event() -> None:
     pruner, learning = SaliencyPruningCallback({1: 0.5, 3: 0.8}), DistillationCallback(0.5)
     seen = {}

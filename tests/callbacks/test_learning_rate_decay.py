@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -207,6 +208,28 @@ def test_a_schedule_of_the_users_is_not_overruled() -> None:
 
     with pytest.raises(PruningSetupError, match="StepLR"):
         fit(LearningRateDecay(), model=Scheduled())
+
+
+def test_several_steps_a_batch_are_known_once_they_were_made() -> None:
+    """Ten steps an epoch of five batches: the fit ends after 16 of the 30 that the epochs have."""
+    rates = Rates()
+    fit(LearningRateDecay(0.5), rates, model=TwoGroups(), max_epochs=3, max_steps=16)
+    seen = [group[0] for group in rates.seen]
+    assert seen[-1] < 0.2 * seen[0]
+    assert all(later <= earlier for earlier, later in pairwise(seen))
+
+
+def test_an_interruption_gives_the_rates_back() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 9:
+                raise RuntimeError("stop")
+
+    model = make_model()
+    t = trainer(LearningRateDecay(0.1), Stop(), max_epochs=2)
+    with pytest.raises(RuntimeError, match="stop"):
+        t.fit(model, *loaders())
+    assert t.optimizers[0].param_groups[0]["lr"] == RATE
 
 
 def test_a_fit_without_an_end_is_refused() -> None:
