@@ -13,7 +13,8 @@ class RefitReport:
         refitted: Full names of the pruned parameters whose survivors have new values.
         left: Name -> why its survivors have kept their values.
         error_before: Mean divergence from the dense network over the samples checked on, nats a
-            sample (squared error for the Gaussian likelihood), before the refit.
+            sample (squared error for the Gaussian likelihood), before a refit to the outputs; NaN
+            for one by layers.
         error_after: The same after it; never larger.
     """
 
