@@ -11,8 +11,8 @@ start from the same dense network, kept in benchmarks/results/.cache.
 Families:
     no-retraining  26 stages at a constant rate to 99.5 %, a row at each of six sparsities.
     fine-tuned     12 epochs of training after the dense ones, an event at the start of the first
-                   8, the learning rate decayed in the last third. Its base is chosen for each
-                   (network, arm) on the validation part by seeds of their own.
+                   8 (or all of them before), the learning rate decayed in the last third. Its base
+                   is chosen for each (network, arm) on the validation part by seeds of their own.
     structured     the same training, whole hidden units removed, a row at each of two shares; half
                    of the arms are torch-pruning's, of the extra `removal`.
     tuning         the choices of a base: accuracy and loss on the validation part.
@@ -68,10 +68,11 @@ def _orders() -> dict[str, list[str]]:
     distilled = [f"{arm}+distill" for arm in plain]
     late_distilled = [f"{arm}+distill" for arm in late]
     ablations = [arm for arm in RECIPE if arm != "recipe"]
+    firsts = ["obs+outputs+first", "obs+layers+first", "obs+outputs+shifts+first"]
     return {
         "no-retraining": [*plain, *outputs, *shifted, *late],
         "fine-tuned": [
-            "taylor", "recipe", *MODEL_PRUNING, *plain[1:], *distilled, *late[: len(rest)],
+            "taylor", "recipe", *MODEL_PRUNING, *firsts, *plain[1:], *distilled, *late[: len(rest)],
             *ablations, *late[len(rest) :], *late_distilled,
         ],
         units_removed.FAMILY: list(units_removed.ARMS),
@@ -147,8 +148,11 @@ def write_result(
     append(path, row)
 
 
-def train(unit: Unit, dense: nn.Module, share: float, lr: float) -> tuple[nn.Module, float]:
+def train(
+    unit: Unit, dense: nn.Module, share: float, lr: float, cache: Path
+) -> tuple[nn.Module, float]:
     """Return the fine-tuned network of an arm, and the seconds of CPU time it took."""
+    seconds = 0.0
     start = time.process_time()
     options = {"target": share, "lr": lr, "seed": unit.seed}
     if unit.arm in units_removed.ARMS:
@@ -157,9 +161,15 @@ def train(unit: Unit, dense: nn.Module, share: float, lr: float) -> tuple[nn.Mod
         from benchmarks.quality_trainers import in_trainer  # noqa: PLC0415  (imports Lightning)
 
         net = in_trainer(dense, unit.network, unit.arm, **options)
+    elif (arm := arms.Arm.named(unit.arm)).first:
+        net, seconds = arms.pruned_first(
+            dense, unit.network, arm, target=share, seed=unit.seed, cache=cache
+        )
+        start = time.process_time()  # the way down may have been gone before
+        net = arms.fine_tuned_under_masks(net, dense, unit.network, arm, lr=lr, seed=unit.seed)
     else:
-        net = arms.fine_tuned(dense, unit.network, arms.Arm.named(unit.arm), **options)
-    return net, time.process_time() - start
+        net = arms.fine_tuned(dense, unit.network, arm, **options)
+    return net, seconds + time.process_time() - start
 
 
 def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
@@ -177,7 +187,7 @@ def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
             continue
         tuning = Unit(**{part: case[part] for part in asdict(unit)})
         dense = subjects.dense(unit.network, tuning.seed, cache)
-        net, seconds = train(tuning, dense, case["sparsity"], case["lr"])
+        net, seconds = train(tuning, dense, case["sparsity"], case["lr"], cache)
         validation = subjects.validation_part(unit.network)
         measured = {
             "accuracy": subjects.accuracy(net, validation),
@@ -229,7 +239,7 @@ def _measure(unit: Unit, missing: list[float], path: Path, cache: Path) -> None:
         return
     lr = tuned_rate(unit, path, cache)
     for share in missing:
-        net, seconds = train(unit, dense, share, lr)
+        net, seconds = train(unit, dense, share, lr, cache)
         write(share, net, dense, seconds=seconds, lr=lr)
 
 

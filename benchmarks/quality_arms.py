@@ -2,7 +2,8 @@
 
 An arm is named by its parts: a criterion, then any of ``+layers`` (least squares, layer by layer),
 ``+outputs`` (Gauss-Newton against the network's output), ``+shifts`` (scored by and fitted to three
-copies more of each training digit, moved by up to a pixel) and ``+distill`` (half of the
+copies more of each training digit, moved by up to a pixel), ``+first`` (all pruning before the
+fine-tuning, as without retraining, instead of in its course) and ``+distill`` (half of the
 fine-tuning's loss is the distance from the dense network).
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +58,18 @@ class Arm:
     layers: bool = False
     outputs: bool = False
     shifts: bool = False
+    first: bool = False
     distill: bool = False
 
     @classmethod
     def named(cls, name: str) -> Arm:
         """Return the arm of a name such as ``"obs+layers+distill"``."""
         criterion, *parts = name.split("+")
-        unknown = set(parts) - {"layers", "outputs", "shifts", "distill"}
+        unknown = set(parts) - {"layers", "outputs", "shifts", "first", "distill"}
         if criterion not in CRITERIA_NAMES or unknown:
             raise ValueError(
                 f"Expected an arm made of one of {CRITERIA_NAMES} and any of +layers, +outputs, "
-                f"+shifts, +distill, but got {name!r}."
+                f"+shifts, +first, +distill, but got {name!r}."
             )
         return cls(criterion, **dict.fromkeys(parts, True))
 
@@ -202,20 +206,68 @@ def fine_tuned(
     """Return a copy of ``dense`` that was pruned at the start of 8 of 12 epochs of training."""
     net = copy.deepcopy(dense).train()
     descent = Descent(net, name, arm, seed, trained=True)
+
+    def prune(epoch: int) -> Masks | None:
+        return descent(event_share(epoch, target)) if epoch < EVENTS else None
+
+    train(net, dense, name, prune, lr=lr, seed=seed, distill=arm.distill)
+    return net
+
+
+def pruned_first(
+    dense: nn.Module, name: str, arm: Arm, *, target: float, seed: int, cache: Path
+) -> tuple[nn.Module, float]:
+    """Return a copy of ``dense`` pruned without retraining, and the CPU seconds that it took.
+
+    The way down leads through all targets and knows no learning rate: it is gone once and kept.
+    """
+    parts = ("layers", "outputs", "shifts")
+    text = "+".join([arm.criterion, *(part for part in parts if getattr(arm, part))])
+    files = {share: cache / f"{name}-{seed}-{text}-{share}.pt" for share in TARGETS}
+    if not files[target].exists():
+        for share, pruned, seconds in without_retraining(dense, name, arm, seed):
+            part = files[share].with_suffix(f".{os.getpid()}")
+            torch.save({"weights": pruned.state_dict(), "seconds": seconds}, part)
+            part.rename(files[share])
+    found = torch.load(files[target], weights_only=True)
+    net = copy.deepcopy(dense)
+    net.load_state_dict(found["weights"])
+    return net, found["seconds"]
+
+
+def fine_tuned_under_masks(
+    net: nn.Module, dense: nn.Module, name: str, arm: Arm, *, lr: float, seed: int
+) -> nn.Module:
+    """Train a pruned network in place, what is zero stays zero, and return it."""
+    masks = {n: p.detach() != 0 for n, p in find_prunable(net).parameters.items()}
+    train(net.train(), dense, name, {0: masks}.get, lr=lr, seed=seed, distill=arm.distill)
+    return net
+
+
+def train(
+    net: nn.Module,
+    dense: nn.Module,
+    name: str,
+    masks: Callable[[int], Masks | None],
+    *,
+    lr: float,
+    seed: int,
+    distill: bool,
+) -> None:
+    """Train for 12 epochs, under the masks that ``masks(epoch)`` gives before an epoch."""
     keeper, batches = MaskKeeper(), Batches(name, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
     steps = EPOCHS * len(batches)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
     with keeper.attach(dict(net.named_parameters()), [optimizer]):
         for epoch in range(EPOCHS):
-            if epoch < EVENTS:
-                keeper.update(descent(event_share(epoch, target)))
+            if (new := masks(epoch)) is not None:
+                keeper.update(new)
             for x, y in batches:
                 optimizer.zero_grad()
-                _loss(net, dense, x, y, distill=arm.distill).backward()
+                _loss(net, dense, x, y, distill=distill).backward()
                 optimizer.step()
                 decay.step()
-    return net
 
 
 def _loss(net: nn.Module, dense: nn.Module, x: Tensor, y: Tensor, *, distill: bool) -> Tensor:

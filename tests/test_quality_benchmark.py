@@ -99,7 +99,7 @@ def test_the_rate_is_chosen_by_accuracy_then_loss():
 def test_tuning_reads_the_validation_part_and_is_done_once(tmp_path, untrained, monkeypatch):
     trained = []
 
-    def train(unit, dense, share, lr):
+    def train(unit, dense, share, lr, cache):
         trained.append((unit.seed, share, lr))
         return dense, 0.0
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune._targets import Target
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Masks
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.rewinding import Rewind
@@ -169,8 +169,11 @@ def _fit_faults(held: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
         for name, tensor in held.items()
         if name not in parameters or parameters[name].shape != tensor.shape
     ]
-    head = "The pruner holds masks of another model, from an earlier fit or a checkpoint:"
-    tail = "Use a new SaliencyPruningCallback for a new model."
+    head = "The pruner holds masks of another model, from `masks`, an earlier fit or a checkpoint:"
+    tail = (
+        "Use a new SaliencyPruningCallback for a new model, and in `masks` the names that the "
+        "LightningModule gives its parameters (prune the module, not a part of it)."
+    )
     return ["\n".join([head, *lines, tail])] if lines else []
 
 
@@ -301,3 +304,17 @@ def as_names(**argument: list[str] | None) -> list[str] | None:
     if isinstance(value, str):
         raise TypeError(f"Expected `{name}` to be a list of names, but got {value!r}.")
     return None if value is None else list(value)
+
+
+def as_masks(masks: Mapping[str, Tensor] | None) -> Masks | None:
+    """Return the argument `masks` as a dict, or say what of it is no mask."""
+    given: Any = masks
+    if masks is None or (
+        isinstance(given, Mapping)
+        and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in given.values())
+    ):
+        return None if masks is None else dict(masks)
+    raise TypeError(
+        "Expected `masks` to map names of parameters to bool tensors (True = kept), as prune() "
+        f"returns them, but got {given!r:.200}."
+    )

@@ -7,13 +7,13 @@ model, a record of the event. The callback says when; what happens then is here.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
@@ -36,6 +36,7 @@ from lightning_prune.masking import MaskKeeper, count_removed
 from lightning_prune.refit import Refit
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
+from lightning_prune.selection.ranking import complete_masks
 
 
 class Pruner:
@@ -68,6 +69,7 @@ class Pruner:
         scorer: Scorer,
         rewind: Rewind | None,
         refit: Refit | None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.schedule = schedule
         self.clock = clock
@@ -76,7 +78,7 @@ class Pruner:
         self.scorer = scorer
         self.rewind = rewind
         self.refitter = Refitter(scorer, refit)
-        self.keeper = MaskKeeper()
+        self.keeper = MaskKeeper(preflight.as_masks(masks))
         self.state = PruningState()
         self.scores: Scores = {}
         self.parameters: dict[str, nn.Parameter] = {}
@@ -118,6 +120,8 @@ class Pruner:
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})
         self.parameters = parameters
+        if self.keeper.masks:
+            self.keeper.update(complete_masks(dict(parameters), self.keeper.masks))
         self.keeper.attach(parameters, trainer.optimizers)
         mask_averages(trainer, self.keeper.masks)
 

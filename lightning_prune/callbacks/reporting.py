@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_prune._targets import Target, Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
+from lightning_prune.masking import sparsity
 
 HISTOGRAM_SAMPLES = 1_000_000
 """A histogram looks at no more scores than this of a parameter, evenly spaced."""
@@ -94,7 +95,10 @@ def table(history: list[PruningRecord]) -> str:
 
 
 def metrics(
-    history: list[PruningRecord], names: Iterable[str], prefix: str = "prune"
+    history: list[PruningRecord],
+    names: Iterable[str],
+    prefix: str = "prune",
+    masks: Masks | None = None,
 ) -> dict[str, float]:
     """Return the state of pruning as scalars: complete from the first epoch, before any event.
 
@@ -104,10 +108,16 @@ def metrics(
         history: The events so far.
         names: The parameters that are pruned.
         prefix: What stands before the slash; a second pruner in a Trainer needs its own.
+        masks: Those in force, which count before any event.
     """
     if not history:
-        densities = {f"{prefix}/density/{name}": 1.0 for name in names}
-        return {f"{prefix}/sparsity": 0.0, f"{prefix}/target": 0.0, **densities}
+        masks = {} if masks is None else masks
+        reached = sparsity(masks)
+        densities = {
+            f"{prefix}/density/{name}": float(masks[name].float().mean()) if name in masks else 1.0
+            for name in names
+        }
+        return {f"{prefix}/sparsity": reached, f"{prefix}/target": reached, **densities}
     last = history[-1]
     target = last["target"]
     found = {
@@ -148,6 +158,37 @@ def log_metrics(trainer: Trainer, pl_module: LightningModule, values: dict[str, 
     }
     for name, value in values.items():
         pl_module.log(name, value, prog_bar=name.endswith("/sparsity"), **how)
+
+
+class EpochLog:
+    """Logs scalars once an epoch, and densities only where they have changed.
+
+    A call of Lightning's ``log`` takes a millisecond, and there may be hundreds of parameters.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin a fit."""
+        self._epoch = -1
+        self._values: dict[str, float] = {}
+
+    def has(self, epoch: int) -> bool:
+        """Whether this epoch's values were logged."""
+        return self._epoch == epoch
+
+    def __call__(
+        self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]
+    ) -> None:
+        """Log what is new."""
+        news = {
+            name: value
+            for name, value in values.items()
+            if "/density/" not in name or self._values.get(name) != value
+        }
+        log_metrics(trainer, pl_module, news)
+        self._epoch, self._values = trainer.current_epoch, values
 
 
 def log_after_fit(trainer: Trainer, values: dict[str, float]) -> None:

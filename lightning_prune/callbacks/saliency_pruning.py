@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -57,6 +57,9 @@ class SaliencyPruningCallback(Callback):
         parameters: Names, or patterns such as ``"features.*"``, of the parameters to prune; by
             default the weights of all layers with two or more axes, neither biases nor norms.
         exclude: Names or patterns of parameters to leave out of these.
+        masks: Masks to begin with, by the module's parameter names, ``True`` = kept, such as
+            :func:`~lightning_prune.prune` returns: in force from the first step on. The masks of a
+            checkpoint come before them.
         selection: What is removed as one piece (single weights, N:M, units, channels, heads), over
             what a share is measured, what every layer keeps, whether weights may come back; see
             :class:`~lightning_prune.Selection`. By default single weights over all layers, and no
@@ -105,6 +108,7 @@ class SaliencyPruningCallback(Callback):
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
         parameters: list[str] | None = None,
         exclude: list[str] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         selection: Selection | None = None,
         rewind: Rewind | None = None,
         refit: bool | Refit = False,
@@ -126,10 +130,10 @@ class SaliencyPruningCallback(Callback):
             scorer=Scorer(options, scoring_loader),
             rewind=rewind,
             refit=refit_method(refit),
+            masks=masks,
         )
         self._shrinking = Shrinking.of(shrink_at_end, forward)
-        self._logged_epoch = -1
-        self._logged: dict[str, float] = {}
+        self._log = reporting.EpochLog()
         # Lightning asks for it several times a step.
         others = {} if self._exclude is None else {"exclude": self._exclude}
         self._key = self._generate_state_key(parameters=self._names, **others)
@@ -196,7 +200,7 @@ class SaliencyPruningCallback(Callback):
         taken = {name for other in others[:index] for name in other._pruner.parameters}
         self._pruner.set_up(trainer, pl_module, self._names, self._exclude, taken)
         self._pruner.prefix = "prune" if index == 0 else f"prune_{index + 1}"
-        self._logged_epoch, self._logged = -1, {}
+        self._log.start()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,7 +234,7 @@ class SaliencyPruningCallback(Callback):
             return
         if self._pruner.scorer.running:
             self._pruner.scored(trainer, self._pruner.scorer.finish(trainer, pl_module))
-        self._log(trainer, pl_module)
+        self._log(trainer, pl_module, self._metrics())
 
     @override
     def on_train_batch_end(
@@ -246,8 +250,8 @@ class SaliencyPruningCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.after_epoch(trainer, pl_module)
-        if self._logged_epoch != trainer.current_epoch:  # no validation in this epoch
-            self._log(trainer, pl_module)
+        if not self._log.has(trainer.current_epoch):  # no validation in this epoch
+            self._log(trainer, pl_module, self._metrics())
 
     # ------------------------------------------------------------------ masks in force
 
@@ -332,16 +336,8 @@ class SaliencyPruningCallback(Callback):
 
     def _metrics(self) -> dict[str, float]:
         pruner = self._pruner
-        return reporting.metrics(pruner.state.history, pruner.parameters, pruner.prefix)
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = self._metrics()
-        # A call of `log` takes a millisecond, and there may be hundreds of parameters.
-        news = {
-            k: v for k, v in metrics.items() if "/density/" not in k or self._logged.get(k) != v
-        }
-        reporting.log_metrics(trainer, pl_module, news)
-        self._logged_epoch, self._logged = trainer.current_epoch, metrics
+        history = pruner.state.history
+        return reporting.metrics(history, pruner.parameters, pruner.prefix, self.masks)
 
 
 def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:
