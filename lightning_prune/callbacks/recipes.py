@@ -13,7 +13,9 @@ from lightning_prune._targets import Threshold, count_faults, target_faults
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.distillation import DistillationCallback
 from lightning_prune.callbacks.learning_rate_decay import LearningRateDecay
+from lightning_prune.callbacks.preflight import as_masks
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from lightning_prune.masking import count_removed
 from lightning_prune.refit import Refit
 from lightning_prune.schedules.explicit import EpochSchedule
 
@@ -53,7 +55,9 @@ def best(
         decay: Let the learning rate fall at the end; for a module without schedulers of its own.
         batch_norm: Estimate batch norm statistics at the end.
         **pruner: Further arguments of :class:`SaliencyPruningCallback`, such as ``selection``;
-            ``likelihood`` and ``forward`` go to the other parts as well.
+            ``likelihood`` and ``forward`` go to the other parts as well. With ``masks`` of a
+            network that :func:`~lightning_prune.prune` has brought to ``sparsity`` before, there
+            are no stages: it is trained under them.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
@@ -73,6 +77,8 @@ def best(
             "of epochs. Put the callbacks together by hand to count steps"
         )
     schedule = stages_of(sparsity, epochs, stages)
+    if _are_enough(pruner.get("masks"), sparsity):
+        schedule = EpochSchedule({})
     callbacks: list[Callback] = [
         SaliencyPruningCallback(schedule, criterion=criterion, refit=refit, **pruner)
     ]
@@ -87,6 +93,11 @@ def best(
     if batch_norm:
         callbacks.append(BatchNormStatistics(forward=pruner.get("forward")))
     return callbacks
+
+
+def _are_enough(masks: Any, sparsity: float) -> bool:
+    removed, total = count_removed(as_masks(masks) or {})
+    return total > 0 and removed >= round(sparsity * total)
 
 
 def pruning_epochs(epochs: int) -> int:

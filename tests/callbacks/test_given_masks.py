@@ -68,6 +68,8 @@ def test_the_recipe_trains_what_was_pruned_before() -> None:
     callbacks = recipes.best(0.9, epochs=3, masks=masks, batch_norm=False)
     trainer(*callbacks, max_epochs=3).fit(model, *loaders())
     assert same(callbacks[0].masks, masks)
+    assert callbacks[0].history == []
+    assert len(recipes.best(0.95, epochs=3, masks=masks)[0].schedule.targets) == 2  # not there yet
     assert zeros(model) == round(0.9 * TOTAL)
 
 
