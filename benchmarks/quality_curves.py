@@ -34,6 +34,7 @@ SHOWN = {
         "magnitude-global": ("|w|", "#334155", "-"),
         "taylor": ("w² R", "#c2410c", "--"),
         "recipe": ("recipe", "#c2410c", "-"),
+        "obs+outputs+first": ("OBS + outputs first", "#7c3aed", "-"),
     },
 }
 """What is drawn; two points of the structured arms make no curve."""

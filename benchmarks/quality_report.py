@@ -17,7 +17,7 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import ROWS, read_rows
+from benchmarks.quality import ROWS, read_rows, units
 from benchmarks.quality_arms import CRITERIA_NAMES
 from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
@@ -76,6 +76,7 @@ def label(arm: str) -> str:
         "layers": "layers",
         "outputs": "outputs",
         "shifts": "shifts",
+        "first": "first",
         "distill": "distillation",
     }
     return " + ".join([LABELS.get(base, base), *(named[part] for part in parts)])
@@ -167,6 +168,13 @@ def off_target(table: Table) -> str:
     return f"Sparsity missed: {', '.join(found)}.\n" if found else ""
 
 
+def unmeasured(table: Table, network: str, family: str) -> str:
+    """Return a line on arms without any row."""
+    arms = {unit.arm for unit in units([network], 1, [family], ["*"])}
+    gaps = sorted(arms - set(table.accuracies), key=order)
+    return f"Not measured: {', '.join(map(label, gaps))}.\n" if gaps else ""
+
+
 def sizes(table: Table, network: str) -> str:
     """Return a line on what the structured arms leave; the same number for all, or all numbers."""
     full = sum(parameter.numel() for parameter in SUBJECTS[network].build().parameters())
@@ -195,7 +203,7 @@ def section(tables: dict[str, Table], network: str, images: Path) -> str:
         dense = cell(estimate(table.dense_values().values()))
         text += [f"### {network}: {title.lower()}\n", f"Dense: {dense}, {seeds} seeds.\n"]
         note = sizes(table, network) if table.parameters else off_target(table)
-        text += [accuracy_table(table, family) + "\n", note]
+        text += [accuracy_table(table, family) + "\n", note, unmeasured(table, network, family)]
         for other in REFERENCES[family]:
             if other == "dense" or other in table.accuracies:
                 name = "the dense network" if other == "dense" else label(other).replace("\\", "")
