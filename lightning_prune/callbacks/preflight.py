@@ -99,7 +99,8 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
     if criterion.needs_scores and not own_loader:
         faults += validation_faults(trainer, events, criterion.name, clock)
     faults += _rewind_faults(rewind, events, clock)
-    faults += _refit_faults(trainer, refit, rewind, criterion, own_loader)
+    if events is None or events:
+        faults += _refit_faults(trainer, refit, rewind, criterion, own_loader)
     parameters: dict[str, nn.Parameter] = {}
     try:
         parameters = find_prunable(module, names, exclude=exclude).parameters
