@@ -198,6 +198,8 @@ def section(tables: dict[str, Table], network: str, images: Path) -> str:
     for family, title in TITLES.items():
         table = tables[family]
         if not table.accuracies:
+            if next(units([network], 1, [family], ["*"]), None):
+                text.append(f"### {network}: {title.lower()}\n\nNot measured.\n")
             continue
         seeds = len(table.dense_values())
         dense = cell(estimate(table.dense_values().values()))

@@ -83,7 +83,8 @@ def refit_outputs(
         ValueError: Arguments out of range, masks that don't fit the model, or no samples.
 
     Cost: a step takes about ``2 products + 3`` backward passes over the samples. Autograd keeps up
-    to 1 GiB for them, and computes again what doesn't fit. Gathered vectors are in float64.
+    to 1 GiB for them, and computes again what doesn't fit. Gathered vectors are in float64, and up
+    to 256 MiB of them are remembered.
 
     Example:
         >>> from lightning_prune.passes.teacher import Teacher
