@@ -73,7 +73,7 @@ def averaging_after(trainer: Trainer, callback: Callback) -> list[str]:
     return [
         type(other).__name__
         for other in behind
-        if any(isinstance(value, AveragedModel) for value in vars(other).values())
+        if not isinstance(other, StochasticWeightAveraging) and any(_copies_of(other))
     ]
 
 

@@ -337,7 +337,8 @@ class SaliencyPruningCallback(Callback):
     def _metrics(self) -> dict[str, float]:
         pruner = self._pruner
         history = pruner.state.history
-        return reporting.metrics(history, pruner.parameters, pruner.prefix, self.masks)
+        masks = {} if history else self.masks  # copies, of no use where there are records
+        return reporting.metrics(history, pruner.parameters, pruner.prefix, masks)
 
 
 def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:

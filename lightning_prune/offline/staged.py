@@ -83,7 +83,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         exclude: Names or patterns of parameters to leave out of these.
         selection: Pieces, scope and what is spared, as for the callback.
         masks: Those of an earlier call: what they removed stays removed, and counts.
-        seed: For ``criterion="random"`` and the generator.
+        seed: For ``criterion="random"``, the generator, and the order of a loader that shuffles.
 
     Returns:
         Parameter name -> bool tensor, ``True`` = kept.

@@ -101,6 +101,10 @@ def warnings_of(message: str) -> Iterator[None]:
     assert any(re.search(message, str(warning.message)) for warning in caught)
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if name in WEIGHTS}
 

@@ -20,6 +20,7 @@ from tests.callbacks.pruning_cases import (
     loaders,
     make_model,
     removed,
+    same,
     trainer,
     zeros,
 )
@@ -33,10 +34,6 @@ def pruned(share: float = 0.8):
         model, [(x[:128], y[:128])], sparsity=share, stages=3, criterion="obs", refit=True
     )
     return model, masks
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_masks_of_prune_are_kept_while_training_goes_on() -> None:

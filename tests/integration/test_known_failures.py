@@ -36,6 +36,7 @@ from tests.callbacks.pruning_cases import (
     loaders,
     make_model,
     removed,
+    same,
     trainer,
     weights,
     zeros,
@@ -53,10 +54,6 @@ def load(path):
 
 def zeros_in(state_dict) -> int:
     return sum(int((state_dict[name] == 0).sum()) for name in WEIGHTS)
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 # --------------------------------------------------------------------------- checkpoints
