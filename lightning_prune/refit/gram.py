@@ -6,6 +6,7 @@ the weight's rows squared, whatever the number of samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 
 from lightning_prune.refit.columns import Linear, as_rows, chunks
 from lightning_prune.refit.layers import Layer
+
+BLOCKED_FROM = 128
+"""Smaller Gram matrices are summed whole: their products take less time than several calls."""
 
 
 @dataclass
@@ -57,13 +61,28 @@ class Moments:
         """
         for a, z in chunks(module, inputs, targets):
             columns = F.pad(a, (0, 1), value=1.0) if self.bias else a
-            self.gram += columns.mT @ columns
+            for block, rest in _upper_blocks(self.gram):
+                self.gram[:, block, rest].baddbmm_(columns[..., block].mT, columns[..., rest])
             self.positions += columns.shape[1]
             if z is not None:
-                self.cross += columns.mT @ z
+                self.cross.baddbmm_(columns.mT, z)
                 self.squares += float(z.square().sum())
+        for block, _ in _upper_blocks(self.gram):
+            right = slice(block.stop, None)
+            self.gram[:, right, block] = self.gram[:, block, right].mT
 
     def error(self, rows: Tensor) -> float:
         """Return the squared error ``sum |a W^T - z|^2`` of rows W (G, D_out / G, K)."""
         quadratic = ((rows @ self.gram) * rows).sum()
         return float(quadratic - 2 * (rows * self.cross.mT).sum()) + self.squares
+
+
+def _upper_blocks(gram: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of the blocks on and above the diagonal: the others mirror them.
+
+    Four blocks of rows leave out three eighths of the products, and more of them gain no time.
+    """
+    size = gram.shape[-1]
+    step = size if size < BLOCKED_FROM else -(-size // 4)
+    for start in range(0, size, step):
+        yield slice(start, start + step), slice(start, None)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune.refit import columns
 from lightning_prune.refit.columns import as_rows, chunks
-from lightning_prune.refit.gram import Moments
+from lightning_prune.refit.gram import BLOCKED_FROM, Moments
 from lightning_prune.refit.layers import Layer
 
 LAYERS = {
@@ -73,6 +73,20 @@ def test_sums_are_in_float64_and_do_not_depend_on_the_split(dtype: torch.dtype) 
     assert whole.positions == parts.positions == 8 * 12
     for name in ("gram", "cross", "squares"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [BLOCKED_FROM - 2, BLOCKED_FROM - 1, BLOCKED_FROM + 2])
+def test_sums_by_blocks_are_the_whole_product(size: int, groups: int) -> None:
+    module = nn.Conv1d(size * groups, 3 * groups, 1, groups=groups).double()
+    layer = Layer("weight", module, module.weight, module.bias)
+    x = torch.randn(9, size * groups, 2, dtype=torch.float64)
+    moments = Moments.empty(layer, bias=True)
+    for part in x.split(4):  # the mirrored halves are not added to
+        moments.add(module, part)
+    a = torch.cat([a for a, _ in chunks(module, x)], 1)
+    a = torch.cat([a, torch.ones_like(a[..., :1])], 2)
+    torch.testing.assert_close(moments.gram, a.mT @ a, rtol=1e-12, atol=1e-12)
 
 
 def test_the_error_is_the_squared_residual() -> None:
