@@ -251,13 +251,20 @@ def units(
     for network in networks:
         for seed in range(seeds):
             for family in families:
-                if family == units_removed.FAMILY and network not in units_removed.NETWORKS:
-                    continue
                 for arm in orders[family]:
-                    if "shifts" in arm and not subjects.SUBJECTS[network].shifts:
-                        continue  # copies like those that the dense network was trained on
-                    if any(fnmatchcase(arm, pattern) for pattern in patterns):
-                        yield Unit(network, seed, family, arm)
+                    unit = Unit(network, seed, family, arm)
+                    if _says_something(unit) and any(fnmatchcase(arm, p) for p in patterns):
+                        yield unit
+
+
+def _says_something(unit: Unit) -> bool:
+    """Return whether a network has what an arm is about."""
+    subject = subjects.SUBJECTS[unit.network]
+    if unit.family == units_removed.FAMILY:
+        return unit.network in units_removed.NETWORKS
+    if "shifts" in unit.arm:  # copies like those that the dense network was trained on
+        return subject.shifts
+    return subject.batch_norm or unit.arm != "recipe-no-batch-norm"
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ class Subject:
     epochs: int = 20
     optimizer: Callable[..., torch.optim.Optimizer] = ADAM
     shifts: bool = False
+    batch_norm: bool = False
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Module:
@@ -68,8 +69,8 @@ SUBJECTS = {
     "LeNet-300-100": Subject(lambda: mlp(784, 300, 100, 10)),
     # With channels last a step of training takes three quarters of the time.
     "LeNet-5": Subject(lambda: networks.lenet().to(memory_format=torch.channels_last)),
-    "digits-8x8-convnet": Subject(convnet, size=8),
-    "ResNet-20": Subject(networks.resnet20, size=32, epochs=10),
+    "digits-8x8-convnet": Subject(convnet, size=8, batch_norm=True),
+    "ResNet-20": Subject(networks.resnet20, size=32, epochs=10, batch_norm=True),
 }
 """In the order of the runs."""
 

@@ -40,6 +40,7 @@ LABELS = {
     "recipe": "recipe",
     "recipe-distill": "recipe + distillation",
     "recipe-layers": "recipe + layers",
+    "recipe-no-batch-norm": "recipe without batch norm's new statistics",
     "recipe-taylor": "recipe by w² R",
     "recipe-taylor-distill": "recipe by w² R + distillation",
     "recipe-taylor-no-decay": "recipe by w² R without decay",

@@ -28,6 +28,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe-distill": {"distill": 0.5},
     "recipe-layers": {"refit": "layers"},
+    "recipe-no-batch-norm": {"batch_norm": False},
     "recipe-taylor": PLAIN,
     "recipe-taylor-distill": {**PLAIN, "distill": 0.5},
     "recipe-taylor-no-decay": {**PLAIN, "decay": False},

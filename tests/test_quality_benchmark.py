@@ -282,6 +282,16 @@ def test_only_some_networks_lose_units():
     assert {unit.network for unit in work} == set(quality_structured.NETWORKS)
 
 
+def test_the_batch_norm_part_is_switched_off_where_there_is_one():
+    work = quality.units(subjects.SUBJECTS, 1, ["fine-tuned"], ["recipe-no-batch-norm"])
+    networks = {name: subject.build() for name, subject in subjects.SUBJECTS.items()}
+    assert {unit.network for unit in work} == {
+        name
+        for name, net in networks.items()
+        if any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+    }
+
+
 def test_arms_have_names():
     arm = quality_arms.Arm.named("obs+layers+distill")
     assert vars(arm) == vars(quality_arms.Arm("obs", layers=True, distill=True))
