@@ -41,6 +41,7 @@ LABELS = {
     "recipe-distill": "recipe + distillation",
     "recipe-layers": "recipe + layers",
     "recipe-no-batch-norm": "recipe without batch norm's new statistics",
+    "recipe-fisher": "recipe by w² Fisher",
     "recipe-taylor": "recipe by w² R",
     "recipe-taylor-distill": "recipe by w² R + distillation",
     "recipe-taylor-no-decay": "recipe by w² R without decay",

@@ -29,6 +29,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "recipe-distill": {"distill": 0.5},
     "recipe-layers": {"refit": "layers"},
     "recipe-no-batch-norm": {"batch_norm": False},
+    "recipe-fisher": {**PLAIN, "target": "fisher"},
     "recipe-taylor": PLAIN,
     "recipe-taylor-distill": {**PLAIN, "distill": 0.5},
     "recipe-taylor-no-decay": {**PLAIN, "decay": False},

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 NORMS = (
     nn.modules.batchnorm._NormBase,  # batch norm and instance norm of any dimension
@@ -103,11 +105,22 @@ def _why_not(name: str, parameter: Tensor, owner: nn.Module) -> str | None:
         return "a bias"
     if isinstance(owner, NORMS):
         return f"part of a {type(owner).__name__}"
-    if isinstance(owner, ParametrizationList):
+    if isinstance(owner, ParametrizationList) or _is_normed(name, owner):
         return "parametrised: a zero in it is no zero in the weight"
     if parameter.ndim < 2:
         return "a vector, not a matrix or a kernel"
     return None
+
+
+def _is_normed(name: str, owner: nn.Module) -> bool:
+    """Whether a weight is made of this parameter before each forward pass, in the older way.
+
+    A row of zeros in such a parameter is divided by its length of 0.
+    """
+    hooks = owner._forward_pre_hooks.values()
+    norms = [hook.name for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))]
+    leaf = name.rpartition(".")[2]
+    return leaf in {f"{norm}_{part}" for norm in norms for part in ("g", "v", "orig")}
 
 
 def _why_impossible(parameter: Tensor) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import utils
 from torch.nn.utils import parametrizations
 
 from lightning_prune.masking import find_prunable
@@ -48,6 +49,16 @@ def test_the_weights_of_layers_and_nothing_else() -> None:
     assert "parametrised" in reasons["spectral.parametrizations.weight.original"]
     assert "complex64" in reasons["phase"]
     assert "vector" in reasons["scale"]
+
+
+def test_the_older_norms_of_weights_are_parametrisations_too() -> None:
+    with pytest.warns(FutureWarning, match="deprecated"):
+        normed = utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    model = nn.ModuleDict({"lstm": normed, "spectral": utils.spectral_norm(nn.Linear(4, 4))})
+    prunable = find_prunable(model)
+    assert list(prunable.parameters) == ["lstm.weight_ih_l0"]
+    parametrised = {name for name, why in prunable.left_out.items() if "parametrised" in why}
+    assert parametrised == {"lstm.weight_hh_l0_g", "lstm.weight_hh_l0_v", "spectral.weight_orig"}
 
 
 def test_every_parameter_is_on_one_side() -> None:
