@@ -36,7 +36,7 @@ def test_epochs_written_out_come_back_in_order_and_in_plain_types() -> None:
 
 def test_an_empty_mapping_is_a_schedule_without_events() -> None:
     assert planned_targets(as_schedule({}), range(10)) == {}
-    assert as_schedule({}).last_epoch is None
+    assert as_schedule({}).last_epoch == -1  # over before the first epoch
 
 
 def test_cubic_follows_zhu_and_gupta() -> None:

@@ -132,7 +132,7 @@ def starvation(logits: Tensor, likelihood: Likelihood = "categorical") -> Tensor
     if likelihood == "gaussian":
         return torch.ones_like(z.flatten(1)[:, 0]) if z.ndim > 1 else torch.ones_like(z)
     if likelihood == "bernoulli":
-        return (z.sigmoid() * z.neg().sigmoid()).square().flatten(1).sum(1)
+        return (z.sigmoid() * z.neg().sigmoid()).square().reshape(len(z), -1).sum(1)
     p = z.softmax(1)
     squares = p.square().sum(1)
     norm = (squares - 2 * p.pow(3).sum(1) + squares.square()).clamp(min=0.0)

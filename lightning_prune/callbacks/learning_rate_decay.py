@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -13,6 +14,7 @@ from typing_extensions import override
 from lightning_prune._targets import is_number
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.reporting import give_back, without_lent
+from lightning_prune.callbacks.scoring import callbacks_of
 
 Shape: TypeAlias = Literal["cosine", "linear"]
 
@@ -20,27 +22,27 @@ Shape: TypeAlias = Literal["cosine", "linear"]
 class LearningRateDecay(Callback):
     """Keep the learning rate while the network is pruned, then let it fall to 0.
 
-    From the start of the fit to ``start`` every optimizer has the learning rates it was configured
-    with: high enough for the survivors to take over the work of removed weights. From there to the
-    end of the fit all of them are multiplied by a factor that falls from 1 to 0. That is the
+    Until ``start`` the learning rates are the user's: high enough for the survivors to take over
+    the work of removed weights. From there to the end of the fit those of that moment are
+    multiplied by a factor that falls from 1 to 0. That is the
     schedule of a training from scratch, which fine-tuning does best to repeat (Renda, Frankle and
     Carbin, 2020, "Comparing rewinding and fine-tuning in neural network pruning").
 
     Progress is counted in training batches, or in optimizer steps where ``max_steps`` ends the fit.
-    The rates are those at the fit's start, whatever comes later; when training has ended or was
-    interrupted, the optimizers have them again. A resumed run goes on exactly, and one that is
+    When training has ended or was interrupted, the optimizers have the rates from before the decay
+    again. A resumed run goes on exactly, and one that is
     resumed with a larger ``max_epochs`` has its decay where the longer fit has it.
 
     Args:
-        start: Where the decay starts: a float in [0, 1) is a share of the fit; an int is an epoch,
-            counted from 0.
+        start: Where the decay starts: a float in [0, 1) is a share of the fit; an int, or a whole
+            float from 1.0 on (as configuration files give it), is an epoch, counted from 0.
         shape: ``"cosine"``: (1 + cos(pi x)) / 2; ``"linear"``: 1 - x; x in [0, 1) is the progress
             since ``start``.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
-        PruningSetupError: In a fit: the module has learning rate schedulers of its own, or the
-            fit's length is unknown.
+        PruningSetupError: In a fit: the module has learning rate schedulers of its own, there is a
+            StochasticWeightAveraging, or the fit's length is unknown.
 
     Example:
         >>> decay = LearningRateDecay(start=0.5)
@@ -52,6 +54,8 @@ class LearningRateDecay(Callback):
         super().__init__()
         faults = []
         value: Any = start
+        if isinstance(value, float) and value >= 1 and value.is_integer():
+            value = start = int(value)
         fine = value >= 0 if isinstance(value, int) else is_number(value) and 0 <= value < 1
         if isinstance(value, bool) or not fine:
             faults.append(f"`start`: expected a share in [0, 1) or an epoch, but got {start!r}")
@@ -86,6 +90,12 @@ class LearningRateDecay(Callback):
                 f"configure_optimizers returns {', '.join(names)}. Return the optimizers alone, or "
                 "leave LearningRateDecay out (`decay=False` in a recipe)."
             )
+        if any(isinstance(c, StochasticWeightAveraging) for c in callbacks_of(trainer)):
+            raise PruningSetupError(
+                "LearningRateDecay: expected to be alone with the learning rate, but "
+                "StochasticWeightAveraging sets it as well. Leave one of them out (in a recipe "
+                "`decay=False`)."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,6 +120,8 @@ class LearningRateDecay(Callback):
         factor = self.factor(*self._progress(trainer, batch_idx))
         # Rates are written from the decay on only: until then they are the user's affair.
         if factor != 1.0 or self._factor != 1.0:
+            if self._factor == 1.0:
+                self._base = []
             self._apply(trainer, factor)
 
     @override

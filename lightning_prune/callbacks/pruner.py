@@ -146,6 +146,9 @@ class Pruner:
         else:
             passed = self.clock.passed(trainer)
             self.state = PruningState(history=self.state.history, next_count=passed)
+            left = list(planned_targets(self.schedule, range(passed)))
+            if left and not self.keeper.masks:
+                rank_zero_warn(reporting.late_line(self.clock.unit, passed, left))
 
     def _make_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide what the checkpoint does not know yet and Lightning does not come back to."""
@@ -205,7 +208,10 @@ class Pruner:
             self.state.latest = result
 
     def after_batch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Decide on an event where rounds of steps are counted."""
+        """Mend what no hook has seen; decide on an event where rounds of steps are counted."""
+        if not (module.automatic_optimization and trainer.optimizers):
+            # Stepped past Lightning's optimizers: by an inner one, or in a second step of its own.
+            self.keeper.zero_weights()
         if self.clock.steps is not None and self.state.pending is None:
             self._decide_now(trainer, module)
 

@@ -55,9 +55,9 @@ def best(
         decay: Let the learning rate fall at the end; for a module without schedulers of its own.
         batch_norm: Estimate batch norm statistics at the end.
         **pruner: Further arguments of :class:`SaliencyPruningCallback`, such as ``selection``;
-            ``likelihood`` and ``forward`` go to the other parts as well. With ``masks`` of a
-            network that :func:`~lightning_prune.prune` has brought to ``sparsity`` before, there
-            are no stages: it is trained under them.
+            ``likelihood`` goes to the distillation as well, ``forward`` to the batch norm part.
+            With ``masks`` of a network that :func:`~lightning_prune.prune` has brought to
+            ``sparsity`` before, there are no stages: it is trained under them.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.

@@ -68,6 +68,14 @@ def missed_line(unit: str, missed: Iterable[int]) -> str:
     )
 
 
+def late_line(unit: str, passed: int, left: Iterable[int]) -> str:
+    """Say why targets are left out in a run that begins with a dense checkpoint."""
+    return (
+        f"The run goes on at {unit} {passed}, from a checkpoint without a state of this pruner: "
+        f"the targets of the {unit}s {list(left)} are past and left out. Give them later {unit}s."
+    )
+
+
 def table(history: list[PruningRecord]) -> str:
     """Return the events as a table, and below it the density of each parameter after the last one.
 

@@ -79,7 +79,11 @@ class Rewind:
         if self.what == "weights":
             _load_in_place(module, snapshot["model"])
             for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=False):
+                since = _hyperparameters(optimizer.param_groups)
                 optimizer.load_state_dict(_fitting(state, optimizer))
+                for group, values in zip(optimizer.param_groups, since, strict=True):
+                    for key, value in values.items():  # what others have written there since
+                        group.setdefault(key, value)
         for optimizer, groups in zip(trainer.optimizers, snapshot["groups"], strict=False):
             for group, values in zip(optimizer.param_groups, groups, strict=False):
                 group.update(values)

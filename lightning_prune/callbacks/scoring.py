@@ -327,8 +327,12 @@ def is_last_validation(trainer: Trainer) -> bool:
     every: Any = trainer.val_check_batch  # None or inf where validation goes by time or by epoch
     left = trainer.num_training_batches - (trainer.fit_loop.epoch_loop.batch_idx + 1)
     if trainer.max_steps != -1:
-        steps = trainer.max_steps - trainer.global_step
-        left = min(left, steps * trainer.accumulate_grad_batches)
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if trainer.lightning_module.automatic_optimization:
+            batches_a_step: float = trainer.accumulate_grad_batches
+        else:  # several optimizers, or a step every few batches
+            batches_a_step = batches / max(1, trainer.global_step)
+        left = min(left, (trainer.max_steps - trainer.global_step) * batches_a_step)
     unknown = not isinstance(every, int) or left == float("inf")
     return unknown or trainer.should_stop or every > left
 

@@ -90,7 +90,9 @@ def _is_over(callback: SaliencyPruningCallback, target: float | None) -> bool:
         # What was asked for counts as well: whole weights or groups may fall short of it a little.
         history = callback.history
         asked = history[-1]["target"] if history else 0.0
-        return callback.sparsity >= target or (isinstance(asked, float) and asked >= target)
+        removed, total = count_removed(callback.masks)
+        reached = total > 0 and removed >= round(target * total)
+        return reached or (isinstance(asked, float) and asked >= target)
     last = callback.schedule.last_epoch
     return last is not None and callback._pruner.state.next_count > last
 

@@ -45,7 +45,7 @@ def find_prunable(
     By default the weights of all layers: parameters with two or more axes (matrices, kernels,
     embeddings), except biases and the weights of normalisation layers. Frozen parameters are
     included, and pruning does not thaw them. A tied parameter counts once, under the first of its
-    names.
+    names, and can be given by any of them.
 
     Args:
         model: Any module.
@@ -71,13 +71,16 @@ def find_prunable(
     """
     owners = _owners(model)
     present = dict(model.named_parameters())
+    first_names = _first_names(model)
     reasons = {name: _why_not(name, p, owners[name]) for name, p in present.items()}
     faults: dict[str, list[str]] = {"parameters": [], "exclude": []}
     if names is not None:
-        reasons = _named(_as_list("parameters", names), present, reasons, faults["parameters"])
+        reasons = _named(
+            _as_list("parameters", names), present, first_names, reasons, faults["parameters"]
+        )
     before = [name for name, reason in reasons.items() if reason is None]
     if exclude is not None:
-        reasons = _without(_as_list("exclude", exclude), present, reasons, faults["exclude"])
+        reasons = _without(_as_list("exclude", exclude), first_names, reasons, faults["exclude"])
     _raise_faults(faults)
     chosen = {name: p for name, p in present.items() if reasons[name] is None}
     if not chosen:
@@ -95,6 +98,13 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
         for prefix, module in model.named_modules()
         for leaf in module._parameters
     }
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return every name of a parameter, those of tied ones too -> the one it is known by."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: known[id(parameter)] for name, parameter in named}
 
 
 def _why_not(name: str, parameter: Tensor, owner: nn.Module) -> str | None:
@@ -134,6 +144,7 @@ def _why_impossible(parameter: Tensor) -> str | None:
 def _named(
     names: list[str],
     present: Mapping[str, Tensor],
+    first_names: Mapping[str, str],
     reasons: Mapping[str, str | None],
     faults: list[str],
 ) -> dict[str, str | None]:
@@ -142,12 +153,13 @@ def _named(
         faults.append("the list is empty")
     named: dict[str, str | None] = dict.fromkeys(present, "not named")
     for name in names:
-        if name in present:  # asked for by its own name: only the impossible is refused
-            if (reason := _why_impossible(present[name])) is not None:
+        if name in first_names:  # asked for by its own name: only the impossible is refused
+            known = first_names[name]
+            if (reason := _why_impossible(present[known])) is not None:
                 faults.append(f"{name!r}: {reason}")
-            named[name] = None
+            named[known] = None
             continue
-        matched = _matches(name, present, faults)
+        matched = _matches(name, first_names, faults)
         taken = [match for match in matched if reasons[match] is None]
         if matched and not taken:
             why = ", ".join(f"{match!r} ({reasons[match]})" for match in matched[:3])
@@ -162,32 +174,36 @@ def _named(
 
 def _without(
     patterns: list[str],
-    present: Mapping[str, Tensor],
+    first_names: Mapping[str, str],
     reasons: Mapping[str, str | None],
     faults: list[str],
 ) -> dict[str, str | None]:
     """Return name -> why it is left out, with what ``patterns`` take away."""
     left = dict(reasons)
     for pattern in patterns:
-        for name in [pattern] if pattern in present else _matches(pattern, present, faults):
+        single = first_names.get(pattern)
+        for name in _matches(pattern, first_names, faults) if single is None else [single]:
             if left[name] is None:
                 left[name] = f"excluded by {pattern!r}"
     return left
 
 
-def _matches(pattern: str, present: Mapping[str, Tensor], faults: list[str]) -> list[str]:
-    """Return the names that a pattern fits; none is a fault, told with close names."""
-    matched = [name for name in present if fnmatch.fnmatchcase(name, str(pattern))]
+def _matches(pattern: str, first_names: Mapping[str, str], faults: list[str]) -> list[str]:
+    """Return the parameters that a pattern fits; none is a fault, told with close names."""
+    fitting = [name for name in first_names if fnmatch.fnmatchcase(name, str(pattern))]
+    matched = list(dict.fromkeys(first_names[name] for name in fitting))
     if not matched:
-        prefixes = {name.rpartition(".")[0] for name in present} - {""}
+        prefixes = {name.rpartition(".")[0] for name in first_names} - {""}
         kind = "parameter has this name"
-        candidates = list(present)
+        candidates = list(first_names)
         if any(sign in str(pattern) for sign in "*?["):
             kind = "parameter fits this pattern"
             candidates += [f"{prefix}.*" for prefix in sorted(prefixes)]
         close = difflib.get_close_matches(str(pattern), candidates, n=3)
         hint = (
-            f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {[*present]}"
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"there are {[*first_names]}"
         )
         faults.append(f"{pattern!r}: no {kind}; {hint}")
     return matched

@@ -106,6 +106,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         >>> int(sum((~mask).sum() for mask in masks.values()))
         88
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: its names are another model's
     ranking = resolve_criterion(criterion, seed=seed)
     selection = Selection() if selection is None else selection
     chosen: dict[str, Tensor] = dict(find_prunable(model, parameters, exclude=exclude).parameters)

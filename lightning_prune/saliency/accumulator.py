@@ -169,9 +169,14 @@ class SaliencyAccumulator(Metric):
         with torch.inference_mode(False):
             super().reset()
 
-    def check(self, batch: Any) -> None:
-        """Raise what scoring this batch would raise, at the cost of running two of its samples."""
-        self._engine.check(batch)
+    def check(self, batch: Any) -> list[str]:
+        """Raise what scoring this batch would raise, at the cost of running two of its samples.
+
+        Returns:
+            The parameters without a gradient path from the outputs of these two. Other samples may
+            have one (experts); if none has, :meth:`compute` raises.
+        """
+        return self._engine.check(batch)
 
     def update(self, batch: Any, logits: Tensor | None = None) -> None:
         """Add one batch.

@@ -123,13 +123,14 @@ class Engine:
         self.parameters = named_tensors(model, parameters)
         self._plans = Plans(self._run, self.parameters, workspace)
 
-    def check(self, batch: Any) -> None:
-        """Raise what scoring this batch would raise, at the cost of two samples."""
+    def check(self, batch: Any) -> list[str]:
+        """Raise what scoring this batch would raise, by two samples; return what is not reached."""
         with prepared(self.model, self.parameters), self._explained(batch):
             batch = outside_inference_mode(batch)
             self._plans.make(batch)
             first = take_samples(batch, torch.tensor([0]))
             self._rows(self._run(first), first)
+        return self._plans.unreached
 
     def add(
         self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None = None
@@ -196,8 +197,7 @@ class Engine:
 
     def check_reached(self) -> None:
         """Raise SaliencyError if some parameter never had a gradient path to the output."""
-        missing = [name for name in self.parameters if name not in self._plans.reached]
-        if missing:
+        if missing := self._plans.unreached:
             raise SaliencyError(
                 f"Expected every parameter to have a gradient path to the output, but {missing} "
                 f"{'has' if len(missing) == 1 else 'have'} none. Leave them out with "

@@ -53,6 +53,11 @@ class Plans:
         """The plan made last."""
         return next(reversed(self._plans.values()))
 
+    @property
+    def unreached(self) -> list[str]:
+        """The parameters that no output has depended on so far."""
+        return [name for name in self._parameters if name not in self.reached]
+
     def prepare(self, batch: Any) -> None:
         """Make a plan on the first batch; look for missing proof on the next ones."""
         if not self._plans:

@@ -202,16 +202,18 @@ def output_weights(
         else:
             weights = torch.zeros_like(p).scatter_(1, *_label_terms(p, target, labels))
         return weights.reshape(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)
-    y = torch.zeros_like(z) if labels is None else labels.to(z)
-    if likelihood == "gaussian":
-        return y - z if target == "empirical_fisher" else torch.ones_like(z)
     p, q = z.sigmoid(), (-z).sigmoid()
+    if target == "empirical_fisher":  # the others may come along with labels of any shape
+        y = torch.zeros_like(z) if labels is None else labels.to(z)
+        bit = torch.where(y == 1, q, torch.where(y == 0, -p, y - p))
+        return y - z if likelihood == "gaussian" else bit
+    if likelihood == "gaussian":
+        return torch.ones_like(z)
     # (dP/dw)^2 = (p q)^2 (dz/dw)^2 for either class, hence the factor 2 where both are summed.
     return {
         "probability": 2**0.5 * p * q,
         "label_probability": p * q,
         "fisher": (p * q).sqrt(),
-        "empirical_fisher": torch.where(y == 1, q, torch.where(y == 0, -p, y - p)),
     }[target]
 
 

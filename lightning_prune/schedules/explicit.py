@@ -61,8 +61,8 @@ class EpochSchedule(Schedule):
 
     @property
     def last_epoch(self) -> int | None:
-        """The largest epoch written down; ``None`` for an empty schedule."""
-        return max(self.targets, default=None)
+        """The largest epoch written down; -1, before the first, for an empty schedule."""
+        return max(self.targets, default=-1)
 
 
 @dataclass(frozen=True)

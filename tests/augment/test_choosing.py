@@ -58,6 +58,9 @@ def test_starvation_of_bits_and_of_a_regression(logits) -> None:
     assert starvation(logits, "bernoulli").tolist() == pytest.approx(expected, rel=1e-9)
     assert starvation(logits, "gaussian").tolist() == [1.0] * 60
     assert starvation(logits[:, 0], "gaussian").shape == (60,)
+    assert torch.equal(
+        starvation(logits[:, 0], "bernoulli"), starvation(logits[:, :1], "bernoulli")
+    )
 
 
 def test_a_confident_model_starves_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,7 @@ from tests.callbacks.pruning_cases import (
     TOTAL,
     WEIGHTS,
     Digits,
+    Witness,
     fit,
     loaders,
     make_model,
@@ -167,6 +169,35 @@ class NewOptimizer(L.Callback):
         if trainer.current_epoch == 2:
             self.made = torch.optim.Adam(pl_module.parameters(), lr=0.01)
             trainer.strategy.optimizers = [self.made]
+
+
+class SecondStep(torch.optim.SGD):
+    """Steps an optimizer inside of it and not itself, as the second half of SAM."""
+
+    def second_step(self) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("known_to_lightning", [True, False])
+def test_steps_past_lightnings_optimizers(known_to_lightning) -> None:
+    class PastThem(Digits):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            self.own = SecondStep(self.parameters(), 0.1, momentum=0.9)
+            self.own.inner = torch.optim.SGD(self.own.param_groups, 0.1, momentum=0.9)
+            return self.own if known_to_lightning else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.own.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.own.second_step()
+
+    pruner, model = SaliencyPruningCallback(SCHEDULE), PastThem()
+    with warnings.catch_warnings():  # of Lightning's: no optimizer
+        warnings.simplefilter("ignore")
+        fit(pruner, Witness(pruner), model=model)
+    assert zeros(model) == round(0.8 * TOTAL)
 
 
 def test_an_optimizer_created_during_fit() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -157,7 +157,8 @@ def test_what_the_user_does_before_the_decay_stays() -> None:
     rates = Rates()
     fit(LearningRateDecay(1), Warmup(), rates, max_epochs=2)
     assert [r for (r,) in rates.seen[:5]] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.04])
-    assert rates.seen[6][0] == pytest.approx(RATE * cosine(6, 5, 10))
+    # The decay goes on from there, whatever the optimizer was configured with.
+    assert rates.seen[6][0] == pytest.approx(0.04 * cosine(6, 5, 10))
 
 
 def test_a_rewind_of_the_rate_does_not_undo_the_decay() -> None:
@@ -169,6 +170,18 @@ def test_a_rewind_of_the_rate_does_not_undo_the_decay() -> None:
     assert [r for (r,) in rates.seen[5:]] == pytest.approx(
         [RATE * cosine(step, 5, 15) for step in range(5, 15)]
     )
+
+
+def test_a_whole_float_is_an_epoch() -> None:
+    rates = Rates()
+    fit(LearningRateDecay(1.0), rates, max_epochs=2)  # as a configuration file gives it
+    assert rates.seen[6][0] == pytest.approx(RATE * cosine(6, 5, 10))
+
+
+def test_another_callback_for_the_rate_is_refused() -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.05)
+    with pytest.raises(PruningSetupError, match="StochasticWeightAveraging sets it as well"):
+        fit(LearningRateDecay(1), averaging, max_epochs=2)
 
 
 def test_a_second_fit_starts_again() -> None:
@@ -251,7 +264,7 @@ def test_a_decay_that_never_comes_is_worth_a_warning() -> None:
     fit(LearningRateDecay(3), fast_dev_run=True)
 
 
-@pytest.mark.parametrize("start", [1.0, -0.1, -1, True])
+@pytest.mark.parametrize("start", [1.5, -0.1, -1, -1.0, True])
 def test_arguments_out_of_range_are_named_together(start) -> None:
     with pytest.raises(ValueError, match=r"(?s)`start`.*`shape`"):
         LearningRateDecay(start, shape="step")  # type: ignore[arg-type]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_prune import Rewind, SaliencyPruningCallback
+from lightning_prune import Rewind, SaliencyPruningCallback, sparsity
 from tests.callbacks.pruning_cases import (
     QUIET,
     Digits,
+    fit,
     loaders,
     make_model,
     warnings_of,
@@ -145,3 +148,14 @@ def test_a_way_back_that_does_not_exist_is_refused() -> None:
         Rewind("weights", epoch=-1)
     with pytest.raises(ValueError, match="Rewind to epoch 2 or earlier"):
         run(Rewind("weights", epoch=3))
+
+
+def test_what_others_have_written_into_the_groups_since_stays() -> None:
+    model = make_model()
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)
+    pruner = SaliencyPruningCallback({3: 0.5}, rewind=Rewind("weights", epoch=1))
+    with warnings.catch_warnings():  # of Lightning's: the batch norm's statistics
+        warnings.simplefilter("ignore")
+        fit(pruner, averaging, model=model, max_epochs=6)
+    assert pruner.history[0]["epoch"] == 3
+    assert sparsity(pruner.masks) == pytest.approx(0.5)

@@ -12,8 +12,10 @@ from lightning_prune import SaliencyPruningCallback, squared_gradients
 from tests.callbacks.pruning_cases import (
     QUIET,
     TOTAL,
+    Digits,
     TrainOnly,
     Witness,
+    fit,
     loaders,
     make_model,
     warnings_of,
@@ -179,3 +181,24 @@ def test_a_fit_too_short_for_the_schedule_is_announced() -> None:
 def test_a_round_is_a_whole_number_of_steps(steps) -> None:
     with pytest.raises(ValueError, match="every_n_train_steps"):
         SaliencyPruningCallback({0: 0.5}, every_n_train_steps=steps)
+
+
+def test_the_last_validation_before_max_steps_counts_the_steps_of_a_batch() -> None:
+    class TwoOptimizers(Digits):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [
+                torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net[0], self.net[3])
+            ]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+    pruner = SaliencyPruningCallback({0: 0.5})
+    # Three batches of two steps: the validation after the second is the last one.
+    fit(pruner, model=TwoOptimizers(), max_epochs=-1, max_steps=6, val_check_interval=2)
+    assert len(pruner.history) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune._targets import Threshold
 from lightning_prune.callbacks import SaliencyPruningCallback, VAEAugmentCallback
-from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.masking import sparsity
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
 from lightning_prune.schedules import CubicSchedule
@@ -558,3 +559,25 @@ def test_a_dataset_of_tuples_with_extras() -> None:
     t = trainer(pruner, max_epochs=1)
     t.fit(make_model(), DataLoader(data, batch_size=32), DataLoader(data, batch_size=32))
     assert pruner.history[0]["samples"] == 128
+
+
+def test_a_weight_that_no_output_reaches_is_told_before_the_first_step() -> None:
+    class Twin(Digits):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = nn.Linear(64, 10).requires_grad_(False)
+
+    steps: list[int] = []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.append(1)
+
+    with (
+        pytest.raises(SaliencyError, match=r"\['twin.weight'\] has none"),
+        warnings_of(r"No gradient path.*\['twin.weight'\].*exclude"),
+    ):
+        fit(SaliencyPruningCallback({0: 0.5}), Count(), model=Twin())
+    assert steps
+    fit(pruner := SaliencyPruningCallback({0: 0.5}, exclude=["twin.*"]), model=Twin())
+    assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)

@@ -229,3 +229,15 @@ def test_a_copy_of_the_callback_is_independent() -> None:
     assert other.sparsity == 0
     assert pruner.sparsity == round(0.5 * TOTAL) / TOTAL
     trainer(copy.deepcopy(pruner), max_epochs=1).fit(make_model(), *loaders())
+
+
+def test_targets_before_a_dense_checkpoint_are_left_out_with_a_warning(tmp_path) -> None:
+    dense = trainer(max_epochs=3)
+    dense.fit(make_model(), *loaders())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    pruner = SaliencyPruningCallback({1: 0.5, 2: 0.6, 4: 0.8})
+    with warnings_of(r"goes on at epoch 3.*targets of the epochs \[1, 2\] are past"):
+        trainer(pruner, max_epochs=6).fit(
+            make_model(), *loaders(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True
+        )
+    assert [record["epoch"] for record in pruner.history] == [4]

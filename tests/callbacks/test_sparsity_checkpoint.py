@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_prune import prune, recipes, sparsity
 from lightning_prune._targets import Threshold
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
@@ -91,10 +92,10 @@ def test_the_sparse_best_is_kept_although_the_dense_model_scores_best(tmp_path) 
 
 def test_each_checkpoint_has_the_sparsity_in_its_name_and_the_score_it_is_kept_for(tmp_path):
     ours = fit(tmp_path)
-    for sparsity, (path, score) in ours.best_by_sparsity.items():
+    for share, (path, score) in ours.best_by_sparsity.items():
         model = load(path)
-        assert f"sparsity={sparsity:.4f}.ckpt" in path
-        assert round(zeros(model) / TOTAL, 4) == sparsity
+        assert f"sparsity={share:.4f}.ckpt" in path
+        assert round(zeros(model) / TOTAL, 4) == share
         assert accuracy(model) == pytest.approx(score)
     assert files(tmp_path) == {Path(path).name for path, _ in ours.best_by_sparsity.values()}
 
@@ -453,3 +454,25 @@ def test_both_from_a_yaml_file(tmp_path, monkeypatch) -> None:
     assert (save.target, save.save_last) == (0.4, True)
     assert isinstance(stopping, SparsityEarlyStopping)
     assert (stopping.target, stopping.patience) == (0.4, 7)
+
+
+@pytest.mark.parametrize("target", [None, 0.95])
+def test_under_masks_of_before_pruning_is_over(tmp_path, target) -> None:
+    x = digits()[0][:320]
+    torch.manual_seed(1)
+    masks = prune(model := Worsening(), [x], sparsity=0.95, criterion="random")
+    assert sparsity(masks) < 0.95  # a whole number of weights
+    save = SparsityCheckpoint(
+        tmp_path, monitor="accuracy", mode="max", levels="last", target=target
+    )
+    stopping = SparsityEarlyStopping("score", mode="max", patience=1, target=target)
+    t = trainer(
+        *recipes.best(0.95, 6, masks=masks),
+        save,
+        stopping,
+        enable_checkpointing=True,
+        max_epochs=6,
+    )
+    t.fit(model, *loaders())
+    assert stopping.stopped_epoch == 1
+    assert list(save.best_by_sparsity) == [level(0.95)]

@@ -169,3 +169,14 @@ def test_an_exact_name_works_even_if_it_looks_like_a_pattern() -> None:
     model.register_parameter("w0", nn.Parameter(torch.ones(2, 2)))
     assert list(find_prunable(model, ["w[0]"]).parameters) == ["w[0]"]
     assert list(find_prunable(model, exclude=["w[0]"]).parameters) == ["w0"]
+
+
+@pytest.mark.parametrize("name", ["head.weight", "head.*"])
+def test_a_tied_weight_can_be_given_by_any_of_its_names(name: str) -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    model["head"].weight = model["embedding"].weight
+    model["body"] = nn.Linear(4, 4)
+    assert list(find_prunable(model, [name]).parameters) == ["embedding.weight"]
+    prunable = find_prunable(model, exclude=[name])
+    assert list(prunable.parameters) == ["body.weight"]
+    assert prunable.left_out["embedding.weight"] == f"excluded by {name!r}"

@@ -470,3 +470,10 @@ def test_a_layer_that_other_samples_reach_is_left_and_said(batches) -> None:
         masks = prune(model, batches, sparsity=0.7, criterion="magnitude", refit="layers")
     assert sparsity(masks) == pytest.approx(0.7, abs=1e-3)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_the_masks_of_a_compiled_model_have_the_models_names() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    masks = prune(torch.compile(model, backend="eager"), [torch.randn(64, 8)], sparsity=0.5)
+    assert list(masks) == ["0.weight", "2.weight"]
+    assert sparsity(model) == sparsity(masks) == pytest.approx(0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,18 @@ def test_missing_labels(model: nn.Module) -> None:
 def test_labels_that_do_not_fit(model: nn.Module, labels: Tensor) -> None:
     with pytest.raises(ValueError, match="labels"):
         squared_gradients(model, [(torch.randn(2, 4), labels)], target="label_probability")
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("target", ["probability", "fisher"])
+def test_labels_that_no_target_reads_may_have_any_shape(
+    model: nn.Module, likelihood: Any, target: Any
+) -> None:
+    x, options = torch.randn(5, 4), {"likelihood": likelihood, "target": target}
+    expected = squared_gradients(model, [x], **options)
+    found = squared_gradients(model, [(x, torch.arange(5))], **options)
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score, rtol=0, atol=0)
 
 
 def test_one_column_is_not_categorical() -> None:
