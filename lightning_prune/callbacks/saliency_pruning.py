@@ -191,7 +191,7 @@ class SaliencyPruningCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         preflight.refuse_trainer(trainer)
-        self._shrinking.check()
+        self._shrinking.start(stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -294,18 +294,20 @@ class SaliencyPruningCallback(Callback):
             reporting.log_after_fit(trainer, self._metrics())
         if self._pruner.state.history:
             rank_zero_info(f"Pruning, event by event:\n{self.report()}")
-        self._shrinking.finish(trainer, pl_module)
+        # Not here: a callback behind this one may yet change the module (batch norm statistics).
+        self._shrinking.due = True
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._pruner.let_go()
+        self._shrinking.let_go()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pruner.let_go()
-        self._shrinking.let_go()
+        self._shrinking.finish(trainer, pl_module)
         reporting.give_back(self)
 
     def __getstate__(self) -> dict[str, Any]:

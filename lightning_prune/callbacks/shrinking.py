@@ -7,19 +7,25 @@ pruned, and a table of what that is worth.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune._types import Forward
+from lightning_prune.callbacks.scoring import is_fitting
+from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import batch_size, read_inputs, take_samples
 from lightning_prune.removal import RemovalError, RemovalReport, compare, shrink_with_report
+from lightning_prune.removal.calls import copied
 from lightning_prune.removal.graph import load_torch_pruning
 
 SAMPLES = 8
 """Samples of a batch that the smaller model is proved on."""
+
+NO_BATCH = "The fit has seen no batch."
 
 
 @dataclass
@@ -30,6 +36,9 @@ class Shrinking:
         wanted: Whether anything is.
         given: Example inputs of the user's; None takes samples of the fit's first batch.
         forward: ``forward(module, batch) -> logits``, if ``module(x)`` is not enough.
+        module: The smaller module of the last fit; None where nothing was made.
+        report: What was removed there.
+        due: Whether a fit has come to its end and nothing was made of it yet.
     """
 
     wanted: bool
@@ -37,7 +46,9 @@ class Shrinking:
     forward: Forward | None = None
     module: LightningModule | None = None
     report: RemovalReport | None = None
+    due: bool = False
     _seen: Any = field(default=None, repr=False)
+    _why_none: str = field(default=NO_BATCH, repr=False)
 
     @classmethod
     def of(cls, argument: Any, forward: Forward | None) -> Shrinking:
@@ -45,44 +56,72 @@ class Shrinking:
         wanted = argument is not False and argument is not None
         return cls(wanted, None if isinstance(argument, bool) else argument, forward)
 
-    def check(self) -> None:
-        """Say before the training if the library that it needs is missing."""
+    def start(self, stage: str) -> None:
+        """Forget the last fit; say before the training if the library it needs is missing."""
+        if stage == "fit":
+            self.module = self.report = None
+            self.let_go()
         if self.wanted:
             load_torch_pruning()
 
     def see(self, batch: Any) -> None:
         """Keep a few samples of a fit's first batch."""
         if self.wanted and self.given is None and self._seen is None and batch is not None:
-            self._seen = take_samples(batch, torch.arange(min(SAMPLES, batch_size(batch))))
+            try:
+                self._seen = take_samples(batch, torch.arange(min(SAMPLES, batch_size(batch))))
+            except BatchFormatError as error:
+                self._why_none = str(error)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the smaller module and say what it is worth; a failure is a warning, not a crash."""
-        if not self.wanted:
-            return
-        inputs, forward = self.given, None
-        if inputs is None and self.forward is None and self._seen is not None:
-            inputs = read_inputs(self._seen)
-        elif inputs is None:
-            inputs, forward = self._seen, self.forward
-        if inputs is None:
-            rank_zero_warn("No smaller model was made: the fit has seen no batch.")
-            return
+        """Make the smaller module if a fit has ended; a failure is a warning, not a crash."""
         try:
+            if self.wanted and self.due and is_fitting(trainer):
+                self._make(trainer, pl_module)
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to none of the user's data, and expect nothing."""
+        self._seen, self._why_none, self.due = None, NO_BATCH, False
+
+    def _make(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            inputs, forward = self._inputs(pl_module)
             small, self.report = shrink_with_report(
                 pl_module, example_inputs=inputs, forward=forward
             )
-        except (RemovalError, ValueError) as error:
-            rank_zero_warn(f"No smaller model was made; the pruned one is as it was. {error}")
+        except Exception as error:  # noqa: BLE001 (a training that is complete must not be lost)
+            rank_zero_warn(
+                f"No smaller model was made; the pruned one is as it was. {_reason(error)}"
+            )
             return
-        if not isinstance(small, LightningModule):
-            raise TypeError(f"Expected a copy of the LightningModule, but got {type(small)}.")
-        self.module = small
-        if trainer.is_global_zero:
-            lines = [str(self.report)]
-            if forward is None:
-                lines.append(str(compare(pl_module, small, inputs)))
-            rank_zero_info("The smaller model:\n" + "\n".join(lines))
+        self.module = cast(LightningModule, small)
+        if not trainer.is_global_zero:
+            return
+        lines = [str(self.report)]
+        if forward is None:
+            try:
+                # A copy knows no Trainer, to which a forward may log, and is not compiled either.
+                lines.append(str(compare(copied(pl_module), small, inputs)))
+            except Exception as error:  # noqa: BLE001 (the smaller model is there, and proved)
+                rank_zero_warn(f"The smaller model could not be measured. {_reason(error)}")
+        rank_zero_info("The smaller model:\n" + "\n".join(lines))
 
-    def let_go(self) -> None:
-        """Hold on to none of the user's data."""
-        self._seen = None
+    def _inputs(self, pl_module: LightningModule) -> tuple[Any, Forward | None]:
+        """Return example inputs, and the forward that takes them if it is not the module's own."""
+        inputs, forward = self.given, None
+        if inputs is None:
+            if self._seen is None:
+                raise BatchFormatError(self._why_none)
+            forward = self.forward
+            inputs = read_inputs(self._seen) if forward is None else self._seen
+        # When the fit has ended the strategy may have taken the model off the device.
+        return move_data_to_device(inputs, pl_module.device), forward
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, BatchFormatError):
+        return f"{error} Or give example inputs: `shrink_at_end=inputs`."
+    if isinstance(error, (RemovalError, ValueError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

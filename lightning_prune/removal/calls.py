@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,9 @@ from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import batch_size, take_samples
 
 Model = TypeVar("Model", bound=nn.Module)
+
+COMPILED_FROM = "_torchdynamo_orig_callable"
+"""Where torch notes on a compiled function what it was compiled from."""
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -85,23 +89,50 @@ def resized(example_inputs: Any, samples: int) -> Any:
 
 
 def copied(model: Model) -> Model:
-    """Return a deep copy of a model; a LightningModule's copy has no Trainer.
+    """Return a deep copy that runs as it was written; that of a LightningModule has no Trainer.
 
     Lightning keeps the Trainer in the module, and with it the loaders, the optimizers and the
-    loggers, which nobody wants copied along and some of which cannot be.
+    loggers, which nobody wants copied along and some of which cannot be. What ``module.compile()``
+    or ``torch.compile(module)`` made of a method would go on to run the original's, so the copy has
+    the plain method. A tensor with a history that is kept on a module (a loss) is copied without.
     """
-    attached = [
-        vars(module)[name]
-        for module in model.modules()
-        for name in ("_trainer", "_fabric")
-        if vars(module).get(name) is not None
-    ]
-    twin = copy.deepcopy(model, {id(one): None for one in attached})
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in ("_trainer", "_fabric", "_compiler_ctx"):
+            if (attached := vars(module).get(name)) is not None:
+                memo[id(attached)] = None
+        for leaf in pytree.tree_leaves(vars(module)):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                memo[id(leaf)] = leaf.detach().clone()
+    twin = copy.deepcopy(model, memo)
     for module in twin.modules():
+        _as_written(module, memo)
         if "_metric_attributes" in vars(module):
             # A LightningModule's notes on its metrics, by identity: a copy has others.
             vars(module)["_metric_attributes"] = None
     return twin
+
+
+def _as_written(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Take off a copied module what was compiled of the original, which copies by reference.
+
+    Args:
+        module: Of the copy.
+        memo: What ``copy.deepcopy`` noted: the original's modules and their twins.
+    """
+    held = vars(module)
+    # nn.Module leaves it out of a copy, LightningModule does not.
+    held.pop("_compiled_call_impl", None)
+    for name, value in list(held.items()):
+        method = value
+        while isinstance(method, FunctionType) and hasattr(method, COMPILED_FROM):
+            method = getattr(method, COMPILED_FROM)
+        if method is value or not isinstance(method, MethodType) or id(method.__self__) not in memo:
+            continue
+        if method.__func__ is getattr(type(module), name, None):
+            del held[name]
+        else:
+            held[name] = copy.deepcopy(method, memo)
 
 
 def _plain(value: Any) -> Any:

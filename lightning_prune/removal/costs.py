@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.passes.isolation import evaluating
+from lightning_prune.passes.isolation import eager, evaluating
 from lightning_prune.removal.calls import answer, resized
 
 
@@ -92,7 +92,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
         (40, 20)
     """
     counter = _MacCounter(model.parameters())
-    with torch.no_grad(), evaluating(model), _every_product_visible(), counter:
+    with torch.no_grad(), evaluating(model), eager(), _every_product_visible(), counter:
         answer(model, resized(example_inputs, 1))
     return round(counter.macs), round(counter.nonzero_macs)
 
@@ -106,7 +106,7 @@ def peak_bytes(model: nn.Module, example_inputs: Any) -> int:
     is the same everywhere and a lower bound of what a process needs.
     """
     tracker = _MemoryTracker([*model.parameters(), *model.buffers()], example_inputs)
-    with torch.no_grad(), evaluating(model), tracker:
+    with torch.no_grad(), evaluating(model), eager(), tracker:
         answer(model, example_inputs)
     return tracker.peak
 

@@ -5,7 +5,8 @@ Enters: a model, example inputs, perhaps a ``forward``. Leaves: tensors, in a fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -59,6 +60,33 @@ def tensors_in(output: Any, model: nn.Module) -> list[Tensor]:
             f"{type(output).__name__} without any. Pass `forward=lambda model, inputs: tensor`."
         )
     return found
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Refuse, for a block that runs a copy of a model, that a module of the model itself runs.
+
+    A function that was hung on a module and holds on to it (a decorated ``forward``, a lambda over
+    ``self``) is not copied along, and whatever is proved of such a copy is proved of the original.
+
+    Raises:
+        RemovalError: One does.
+    """
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise RemovalError(
+            f"Expected a copy of {type(model).__name__} to run its own layers, but it called a "
+            f"{type(module).__name__} of the original: a function set as an attribute of a module, "
+            "such as a decorated `forward` or a lambda over `self`, holds on to it. Make it a "
+            "method of the class."
+        )
+
+    handles = [each.register_forward_pre_hook(refuse) for each in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def floats_as(inputs: Any, dtype: torch.dtype | None) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks
-from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.passes.isolation import eager, own_randomness
 from lightning_prune.removal import attention, layers
 from lightning_prune.removal.constants import observe
 from lightning_prune.removal.control_flow import check_control_flow
@@ -25,7 +25,7 @@ from lightning_prune.removal.dead_units import Plan, plan
 from lightning_prune.removal.graph import Graph, load_torch_pruning
 from lightning_prune.removal.outcome import RemovalReport
 from lightning_prune.removal.proof import COARSE, EXACT, RemovalError, check_rounding, disagreement
-from lightning_prune.removal.running import Run, floats_as, probes, runner
+from lightning_prune.removal.running import Run, floats_as, left_alone, probes, runner
 from lightning_prune.removal.surgery import Patient, masked_copy
 
 
@@ -46,7 +46,8 @@ def shrink(
     that is given stays as it is.
 
     Args:
-        model: Any module; a LightningModule stays one (the copy has no trainer).
+        model: Any module; a LightningModule stays one (the copy has no trainer, and is to be
+            compiled anew where ``module.compile()`` was called).
         example_inputs: What the model takes, two samples or more: a tensor for ``model(x)``, a
             tuple or list for ``model(*inputs)``, a mapping for ``model(**inputs)``.
         masks: ``True`` = kept, by parameter name, applied to the copy first. By default exact zeros
@@ -61,8 +62,8 @@ def shrink(
     Raises:
         ImportError: torch-pruning is not installed.
         ValueError: A mask fits no parameter, or ``round_to`` is not 1 or more.
-        RemovalError: The forward depends on the data in a way that no trace shows, or the outputs
-            differ.
+        RemovalError: The forward depends on the data in a way that no trace shows, a copy of the
+            model runs the original's layers, or the outputs differ.
 
     Warns:
         UserWarning: Nothing could be removed.
@@ -100,7 +101,7 @@ def shrink_with_report(
     run = runner(forward)
     with _undisturbed():
         masked = masked_copy(model, masks)
-        with torch.no_grad():
+        with torch.no_grad(), left_alone(model):
             run(masked, floats_as(example_inputs, None))
         exact = _runs_in_double(masked, example_inputs, run)
         patient = Patient(masked, double=exact)
@@ -240,12 +241,13 @@ class _Shrinking:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Run a block outside of the caller's inference mode, autocast and random numbers."""
+    """Run a block outside of the caller's inference mode, autocast, graphs and random numbers."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
+        eager(),
         own_randomness(torch.device("cpu"), 0, "shrink"),
     ):
         yield

@@ -43,7 +43,7 @@ class Patient:
     """
 
     def __init__(self, model: nn.Module, *, double: bool) -> None:
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         self.origins: dict[str, Tensor] = {}
         self.new_biases: list[str] = []
         self._marks = {name: (t.dtype, t.requires_grad) for name, t in _tensors(model)}
@@ -55,7 +55,7 @@ class Patient:
     def copy(self) -> Patient:
         """Return a twin to go back to."""
         twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model)
+        twin.model = copied(self.model)
         twin.origins, twin.new_biases = dict(self.origins), list(self.new_biases)
         return twin
 
@@ -106,7 +106,7 @@ class Patient:
         """Return the model in the dtypes, modes and gradient flags of the original ``like``."""
         modes = {name: module.training for name, module in like.named_modules()}
         flags = {name: parameter.requires_grad for name, parameter in like.named_parameters()}
-        result = copy.deepcopy(self.model)
+        result = copied(self.model)
         for name, module in result.named_modules():
             module.training = modes[name]
         for name, tensor in _tensors(result):
