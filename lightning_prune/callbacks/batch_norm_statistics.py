@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -24,8 +23,8 @@ from typing_extensions import override
 from lightning_prune._targets import count_faults
 from lightning_prune.callbacks.averages import averaged_copies, averaging_after
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
+from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.reporting import give_back, without_lent
-from lightning_prune.callbacks.resumption import on_device
 from lightning_prune.callbacks.saliency_pruning import pruners_of
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, default_call
@@ -129,7 +128,7 @@ class BatchNormStatistics(Callback):
         layers = batch_norms(pl_module)
         if not layers:
             return
-        with isolate_rng(), _loader_state(trainer), trainer.precision_plugin.forward_context():
+        with isolate_rng(), undisturbed(trainer), trainer.precision_plugin.forward_context():
             batches = islice(_training_batches(trainer, pl_module), self._limit(trainer))
             seen = estimate_statistics(pl_module, layers, batches, self.forward)
         if seen == 0:
@@ -242,18 +241,3 @@ def _training_batches(trainer: Trainer, module: LightningModule) -> Iterator[Any
     for batch, _, _ in iter(loaders):
         # When the fit has ended the strategy may have taken the model off the device.
         yield move_data_to_device(on_device(trainer, batch), module.device)
-
-
-@contextmanager
-def _loader_state(trainer: Trainer) -> Iterator[None]:
-    """Put back the generators of the training loaders, which a pass over them advances."""
-    source = trainer.fit_loop._combined_loader
-    loaders: list[Any] = [] if source is None else source.flattened
-    owners = [o for loader in loaders for o in (loader, getattr(loader, "sampler", None))]
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    kept = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)

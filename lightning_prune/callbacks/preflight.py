@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Forward, Masks
 from lightning_prune.callbacks.clock import Clock
-from lightning_prune.callbacks.resumption import on_device
+from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import find_prunable
@@ -250,15 +252,21 @@ def refuse_empty_validation(trainer: Trainer, criterion: str) -> None:
 
 
 def check_batch(accumulator: SaliencyAccumulator, module: nn.Module, batch: Any) -> None:
-    """Raise what scoring this batch would raise, and leave model and random state as they were.
+    """Raise or warn of what scoring this batch would raise; leave model and random state alone.
 
     NaN is none of a set-up's faults: an event that meets one says so, and names its epoch.
     """
     with evaluating(module), isolate_rng():
         try:
-            accumulator.check(batch)
+            unreached = accumulator.check(batch)
         except NonFiniteScoresError:
             return
+    if unreached:
+        rank_zero_warn(
+            f"No gradient path leads from the outputs of the first samples to {unreached}. If it "
+            "is so for all samples, no event can be scored: leave them out with `exclude=[...]`, "
+            "or return the output that uses them from `forward`."
+        )
 
 
 def check_prices(
@@ -278,10 +286,11 @@ def check_prices(
 
 
 def peek_batch(trainer: Trainer, loaders: Any) -> Any:
-    """Return two samples of a loader as a batch on the device, ``None`` if a look is not enough.
+    """Return up to two samples of a loader on the device, ``None`` if a look is not enough.
 
-    For what has to be known before any batch has come. The samples are indexed and collated by
-    hand: iterating the loader would advance its generator, which training may share.
+    For what has to be known before any batch has come. They are the first of the first batch, put
+    together as the loader does it, but not read by iterating it: that would start its workers and
+    advance generators, which training may share.
 
     Args:
         trainer: Of the fit.
@@ -290,13 +299,25 @@ def peek_batch(trainer: Trainer, loaders: Any) -> Any:
     loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    with isolate_rng():
+    with isolate_rng(), undisturbed(trainer, loader):
         try:
-            first = [loader.dataset[i] for i in range(min(2, len(loader.dataset)))]  # type: ignore[arg-type]
-            batch = loader.collate_fn(first if loader.batch_size else first[0])
-        except (TypeError, KeyError, IndexError, NotImplementedError):
-            return None  # not indexed by 0, 1, ...: the first scored batch will have to tell
-        return on_device(trainer, batch)
+            return on_device(trainer, _first_samples(loader))
+        except Exception:  # noqa: BLE001  (the loader's batches may do; if not, the first will tell)
+            return None
+
+
+def _first_samples(loader: Any) -> Any:
+    # Of a copy: a sampler may count how often it was iterated.
+    sampler = copy(loader._index_sampler)
+    if hasattr(sampler, "sampler"):
+        sampler.sampler = copy(sampler.sampler)
+    index = next(iter(sampler))
+    if isinstance(index, list):  # without automatic batching it may be a single one
+        index = index[:2]
+    fetcher: Any = _MapDatasetFetcher(
+        loader.dataset, loader._auto_collation, loader.collate_fn, loader.drop_last
+    )
+    return fetcher.fetch(index)
 
 
 def as_names(**argument: list[str] | None) -> list[str] | None:

@@ -6,12 +6,14 @@ batches it would have seen. Where in an epoch a checkpoint was written must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_prune.callbacks.reading import read_to_validate
 
 
 def warn_of_lost_masks(
@@ -77,7 +79,7 @@ def is_last_batch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
 
 
-def validation_batches(trainer: Trainer) -> Iterator[tuple[Any, int, int]]:
+def validation_batches(trainer: Trainer) -> Generator[tuple[Any, int, int], None, None]:
     """Yield what a validation of this fit would see: batch, its index, its loader's index."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()
@@ -87,13 +89,4 @@ def validation_batches(trainer: Trainer) -> Iterator[tuple[Any, int, int]]:
     # One of our own: Lightning's may be half-way through its validation.
     loaders = CombinedLoader(source.iterables, source._mode)
     loaders.limits = trainer.num_val_batches
-    for batch, batch_idx, dataloader_idx in iter(loaders):
-        yield on_device(trainer, batch, dataloader_idx), batch_idx, dataloader_idx
-
-
-def on_device(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Any:
-    """Take a batch the way that Lightning's evaluation loop takes it."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    module = trainer.lightning_module
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+    yield from read_to_validate(trainer, loaders)

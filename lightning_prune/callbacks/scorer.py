@@ -6,17 +6,26 @@ Enters: Lightning's validation hooks, or a loader. Leaves: a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.callbacks import preflight
+from lightning_prune.callbacks.reading import (
+    on_device,
+    read_to_validate,
+    undisturbed,
+    validating,
+)
 from lightning_prune.callbacks.resumption import (
     is_last_batch,
-    on_device,
     starts_in_the_middle,
     validation_batches,
 )
@@ -98,15 +107,18 @@ class Scorer:
         if self.checked:
             return
         if self.loader is not None:
-            with isolate_rng():  # a DataLoader draws a seed
-                batch = next(iter(resolve_loader(self.loader, trainer, module)), None)
-            batch = None if batch is None else on_device(trainer, batch)
+            loader = resolve_loader(self.loader, trainer, module)
+            # A DataLoader draws a seed, and may be the one that the training is about to iterate.
+            with isolate_rng(), undisturbed(trainer, loader), validating(trainer):
+                batch = next(iter(loader), None)
+                batch = None if batch is None else on_device(trainer, batch)
         else:
             if self._scored:
                 preflight.refuse_empty_validation(trainer, criterion)
             elif trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
                 raise preflight.PruningSetupError(NO_CALIBRATION)
-            batch = preflight.peek_batch(trainer, trainer.val_dataloaders)
+            with validating(trainer):
+                batch = preflight.peek_batch(trainer, trainer.val_dataloaders)
         if batch is not None:
             self.look(module, batch)
 
@@ -152,10 +164,12 @@ class Scorer:
         scoring = self._pass = ScoringPass(module, self._names, self.options)
         self._incomplete = False
         with evaluating(module), isolate_rng():
-            for i, batch in enumerate(resolve_loader(self.loader, trainer, module)):
-                if i % trainer.world_size == trainer.global_rank:
+            loader = resolve_loader(self.loader, trainer, module)
+            mine = islice(_numbered(loader), trainer.global_rank, None, trainer.world_size)
+            with closing(read_to_validate(trainer, mine)) as batches:
+                for batch, _, _ in batches:
                     with refused_in(trainer.current_epoch):
-                        scoring.add(on_device(trainer, batch))
+                        scoring.add(batch)
             return self.finish(trainer, module)
 
     def calibration_batches(self, trainer: Trainer) -> list[Any]:
@@ -167,16 +181,17 @@ class Scorer:
         found, samples = [], 0
         with isolate_rng():
             if self.loader is None:
-                source = (batch for batch, _, _ in validation_batches(trainer))
+                source = validation_batches(trainer)
             else:
                 loader = resolve_loader(self.loader, trainer, module)
-                source = (on_device(trainer, batch) for batch in loader)
-            for batch in source:
-                # When the fit has ended the strategy may have taken the model off the device.
-                found.append(move_data_to_device(batch, module.device))
-                samples += batch_size(batch)
-                if samples >= CALIBRATION_SAMPLES:
-                    break
+                source = read_to_validate(trainer, _numbered(loader))
+            with closing(source) as batches:
+                for batch, _, _ in batches:
+                    # When the fit has ended the strategy may have taken the model off the device.
+                    found.append(move_data_to_device(batch, module.device))
+                    samples += batch_size(batch)
+                    if samples >= CALIBRATION_SAMPLES:
+                        break
         if not found:
             raise preflight.PruningSetupError(NO_CALIBRATION)
         return found
@@ -202,8 +217,16 @@ class Scorer:
             self._pass = None
 
 
+def _numbered(loader: Any) -> Iterator[tuple[Any, int, int]]:
+    """Yield the batches of an own loader as those of a validation come: see `read_to_validate`."""
+    for i, batch in enumerate(loader):
+        yield batch, i, 0
+
+
 def resolve_loader(loader: Any, trainer: Trainer, module: LightningModule) -> Any:
     """Return the batches that ``scoring_loader`` stands for.
+
+    Of a name that both have the datamodule's method counts, as Lightning has it for its loaders.
 
     Raises:
         PruningSetupError: It is a name, and neither the module nor its datamodule has such a
@@ -211,8 +234,8 @@ def resolve_loader(loader: Any, trainer: Trainer, module: LightningModule) -> An
     """
     if isinstance(loader, str):
         owners = [o for o in (module, getattr(trainer, "datamodule", None)) if o is not None]
-        methods = [getattr(owner, loader) for owner in owners if hasattr(owner, loader)]
-        if not methods or not callable(methods[0]):
+        methods = [m for o in reversed(owners) if (m := _own_method(o, loader)) is not None]
+        if not methods:
             searched = " and ".join(type(owner).__name__ for owner in owners)
             raise preflight.PruningSetupError(
                 f"Expected scoring_loader={loader!r} to name a method of the LightningModule or of "
@@ -226,3 +249,14 @@ def resolve_loader(loader: Any, trainer: Trainer, module: LightningModule) -> An
             f"{type(loader).__name__}."
         )
     return loader
+
+
+def _own_method(
+    owner: LightningModule | LightningDataModule, name: str
+) -> Callable[[], Any] | None:
+    """Return a method that the user wrote; Lightning's ``train_dataloader`` etc. only raise."""
+    method: Callable[[], Any] | None = getattr(owner, name, None)
+    parent = LightningModule if isinstance(owner, LightningModule) else LightningDataModule
+    if not callable(method) or (hasattr(parent, name) and not is_overridden(name, owner)):
+        return None
+    return method

@@ -1,8 +1,8 @@
 """A batch of any form: its model input, its labels, its size, a part of it.
 
 Enters: whatever the user's loader yields. Leaves: tensors, or a smaller batch of the same form. The
-one escape hatch for everything these functions cannot read is
-``forward=lambda module, batch: logits``.
+one escape hatch for models that a batch does not reach by itself is
+``forward=lambda module, batch: logits``; its samples have to be told apart all the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Keys of a dict batch that hold labels, in order of preference."""
 
 WAY_OUT = "Pass `forward=lambda module, batch: logits` to say how your batches reach your model."
+
+WAY_TO_SAMPLES = (
+    "Samples are told apart also with `forward=`. Yield a tuple, a mapping or a dataclass whose "
+    "tensors have the samples along axis 0 (beside them lists with an entry a sample), from your "
+    "loader or, in a fit, from `scoring_loader=`, and let `forward=lambda module, batch: logits` "
+    "make of it what your model takes."
+)
 
 
 def read_inputs(batch: Any) -> Tensor:
@@ -133,24 +140,35 @@ def batch_size(batch: Any) -> int:
         return sizes[0]
     raise BatchFormatError(
         "Expected a batch with a tensor whose axis 0 counts samples, but got "
-        f"{_describe(batch)}. {WAY_OUT}"
+        f"{_describe(batch)}. {WAY_TO_SAMPLES}"
     )
 
 
 def take_samples(batch: Any, index: Tensor) -> Any:
     """Return a batch of the same form with the samples in ``index`` (repeats allowed).
 
-    Every tensor whose axis 0 has the length of the batch is indexed; everything else is passed on
-    as it is.
+    Every tensor whose axis 0 has the length of the batch is indexed, and so is every list of that
+    length without a tensor in it (texts, lengths, graphs), or such a tuple of anything but numbers:
+    a tuple of these is one constant, such as the size of an image. Everything else is passed on as
+    it is.
+
+    Example:
+        >>> take_samples((["a", "b", "c"], torch.arange(3)), torch.tensor([2, 0]))
+        (['c', 'a'], tensor([2, 0]))
     """
     size = batch_size(batch)
 
-    def take(leaf: Tensor) -> Tensor:
-        if leaf.ndim and leaf.shape[0] == size:
-            return leaf.index_select(0, index.to(leaf.device))
-        return leaf
+    def take(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if part.ndim and part.shape[0] == size:
+                return part.index_select(0, index.to(part.device))
+            return part
+        if len(part) == size and _has_entry_a_sample(part):
+            return type(part)(part[i] for i in index.tolist())
+        entries = [apply_to_collection(entry, (Tensor, list, tuple), take) for entry in part]
+        return type(part)(*entries) if hasattr(part, "_fields") else type(part)(entries)
 
-    return change_tensors(batch, take)
+    return apply_to_collection(batch, (Tensor, list, tuple), take)
 
 
 def outside_inference_mode(batch: Any) -> Any:
@@ -170,6 +188,24 @@ def change_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
         change: Called with each tensor, in order.
     """
     return apply_to_collection(batch, Tensor, change)
+
+
+def _has_entry_a_sample(part: list[Any] | tuple[Any, ...]) -> bool:
+    """Tell whether a sequence with as many entries as samples is one of samples, not of fields."""
+    if type(part) not in (list, tuple):  # a named tuple, a torch.Size
+        return False
+    if type(part) is tuple and _are_numbers(part):
+        return False
+    nested = all(type(entry) in (list, tuple) and len(entry) == len(part) for entry in part)
+    if nested and not all(map(_are_numbers, part)):  # such as (texts, lengths) of two samples
+        return False
+    tensors: list[Tensor] = []
+    change_tensors(part, tensors.append)
+    return not tensors
+
+
+def _are_numbers(entries: list[Any] | tuple[Any, ...]) -> bool:
+    return all(entry is None or isinstance(entry, (int, float)) for entry in entries)
 
 
 def _keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.augment.vae import DenseVAE
 from lightning_prune.callbacks.batch_join import HOOK, BatchJoin
-from lightning_prune.callbacks.resumption import on_device
+from lightning_prune.callbacks.reading import on_device
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.saliency import default_forward, read_inputs, read_labels
 
