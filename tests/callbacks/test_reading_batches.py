@@ -103,7 +103,7 @@ class Steps(L.Callback):
         self.labels.append(batch[1].tolist())
 
 
-class Reversing(Sampler[int]):
+class Drawing(Sampler[int]):
     """Draws from a Python generator of its own, and counts how often."""
 
     def __init__(self, size: int) -> None:
@@ -125,7 +125,7 @@ ORDERS = {
         **ORDERS["workers that persist"](),
         **ORDERS["a generator"](),
     },
-    "a sampler with a generator": lambda: {"sampler": Reversing(320)},
+    "a sampler with a generator": lambda: {"sampler": Drawing(320)},
 }
 
 
@@ -248,7 +248,7 @@ def test_a_look_leaves_a_sampler_as_it_was() -> None:
         def on_train_start(self) -> None:
             peek_batch(self.trainer, loader)
 
-    sampler = Reversing(20)
+    sampler = Drawing(20)
     loader = DataLoader(loaders()[1].dataset, 4, sampler=sampler)
     state = sampler.own.getstate()
     fit(model=Looking(), val=False, max_epochs=1)
