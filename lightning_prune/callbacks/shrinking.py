@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_prune._types import Forward
 from lightning_prune.callbacks.scoring import is_fitting
 from lightning_prune.exceptions import BatchFormatError
-from lightning_prune.passes.batches import batch_size, read_inputs, take_samples
+from lightning_prune.passes.batches import batch_size, call_inputs, take_samples
 from lightning_prune.removal import RemovalError, RemovalReport, compare, shrink_with_report
 from lightning_prune.removal.calls import copied
 from lightning_prune.removal.graph import load_torch_pruning
@@ -114,7 +114,7 @@ class Shrinking:
             if self._seen is None:
                 raise BatchFormatError(self._why_none)
             forward = self.forward
-            inputs = read_inputs(self._seen) if forward is None else self._seen
+            inputs = call_inputs(pl_module, self._seen) if forward is None else self._seen
         # When the fit has ended the strategy may have taken the model off the device.
         return move_data_to_device(inputs, pl_module.device), forward
 

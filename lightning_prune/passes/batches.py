@@ -94,22 +94,31 @@ def default_call(module: nn.Module, batch: Any) -> Any:
     Raises:
         BatchFormatError: If the batch cannot be read or the model does not accept what was read.
     """
-    keywords = _keywords(module, batch) if isinstance(batch, Mapping) else {}
-    inputs = None if keywords else read_inputs(batch)
+    inputs = call_inputs(module, batch)
     try:
-        return module(**keywords) if keywords else module(inputs)
+        return module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         called = (
-            ", ".join(keywords)
-            if keywords
-            else f"a tensor of shape {tuple(read_inputs(batch).shape)}"
+            f"a tensor of shape {tuple(inputs.shape)}"
+            if isinstance(inputs, Tensor)
+            else ", ".join(inputs)
         )
         raise BatchFormatError(
             f"Expected {type(module).__name__} to accept {called}, read by the default forward "
             f"from {_describe(batch)}, but it raised {type(error).__name__}: {error}. {WAY_OUT}"
         ) from error
+
+
+def call_inputs(module: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
+    """Return what :func:`default_call` calls ``module`` with: a tensor, or keywords.
+
+    Raises:
+        BatchFormatError: If the batch cannot be read.
+    """
+    keywords = _keywords(module, batch) if isinstance(batch, Mapping) else {}
+    return keywords or read_inputs(batch)
 
 
 def unwrap_logits(output: Any) -> Tensor:

@@ -146,6 +146,28 @@ def test_a_loss_that_is_kept_and_a_forward_that_logs_are_no_obstacles() -> None:
     assert_same(pruner.shrunk, model)
 
 
+def test_a_batch_whose_parts_are_keywords_of_the_model() -> None:
+    class Keywords(Net):
+        def forward(self, values: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(values * scale)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self(batch["values"], batch["scale"]), batch["labels"])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch["values"], batch["scale"])
+
+    samples = [
+        {"values": x, "scale": torch.tensor([2.0]), "labels": y} for x, y in zip(X, Y, strict=True)
+    ]
+    batches = DataLoader(samples, 32)
+    model, pruner = Keywords(), units()
+    trainer(pruner).fit(model, batches, batches)
+    assert pruner.shrunk.net[0].out_features == 6
+    found, expected = (net.eval()(X, X[:, :1]) for net in (pruner.shrunk, model))
+    torch.testing.assert_close(found, expected)
+
+
 def test_batches_that_cannot_be_read_are_a_warning_after_the_fit() -> None:
     class Dicts(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
