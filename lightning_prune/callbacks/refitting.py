@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks, Scores
+from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import batch_sources
 from lightning_prune.masking import zero_removed
@@ -63,7 +64,7 @@ class Refitter:
             for name, p in module.named_parameters()
             if name in names
         }
-        with _together(trainer):
+        with _together(trainer), unlogged(module):
             real, generated = self._batches(trainer, module)
             samples = torch.tensor(sum(map(batch_size, [*real, *generated])))
             if trainer.is_global_zero:
@@ -93,7 +94,7 @@ class Refitter:
         dense, report = Teacher.of(module), RefitReport()
         try:
             zero_removed(parameters, masks)
-            with _together(trainer):
+            with _together(trainer), unlogged(module):
                 real, generated = self._batches(trainer, module)
                 fit, held_out = hold_out(real)
                 calibration = Calibration(

@@ -22,6 +22,7 @@ from lightning_prune.callbacks.reading import (
     on_device,
     read_to_validate,
     undisturbed,
+    unlogged,
     validating,
 )
 from lightning_prune.callbacks.resumption import (
@@ -91,15 +92,16 @@ class Scorer:
         """Raise what scoring such a batch would raise, before the first training step."""
         if self.checked:
             return
-        if self._priced:
-            forward, likelihood = self.options.forward or default_forward, self.options.likelihood
-            preflight.check_prices(module, batch, self._names, forward, likelihood)
-        elif not self._scored:
-            samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
-            with torch.no_grad(), evaluating(module), isolate_rng():
-                (self.options.forward or default_forward)(module, samples)
-        else:
-            preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
+        forward, likelihood = self.options.forward or default_forward, self.options.likelihood
+        with unlogged(module):
+            if self._priced:
+                preflight.check_prices(module, batch, self._names, forward, likelihood)
+            elif not self._scored:
+                samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+                with torch.no_grad(), evaluating(module), isolate_rng():
+                    forward(module, samples)
+            else:
+                preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
         self.checked = True
 
     def look_ahead(self, trainer: Trainer, module: LightningModule, criterion: str) -> None:
@@ -133,7 +135,7 @@ class Scorer:
     def add(self, trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Score one of its batches; does nothing outside of a pass."""
         if self._pass is not None:
-            with refused_in(trainer.current_epoch):
+            with refused_in(trainer.current_epoch), unlogged(trainer.lightning_module):
                 self._pass.add(batch, trainer, dataloader_idx, batch_idx)
                 # Before anybody's next hook: averaged weights are lent to the model until then.
                 # Where batches are still to be made up for, they are to come into the same pools.
@@ -144,7 +146,7 @@ class Scorer:
         """End the pass and return what it found, ``None`` if that is nothing."""
         if self._pass is None:
             return None
-        with refused_in(trainer.current_epoch):
+        with refused_in(trainer.current_epoch), unlogged(module):
             if self._incomplete:
                 self._pass.complete(trainer)
             self._pass.add_generated(trainer, module)
@@ -168,7 +170,7 @@ class Scorer:
             mine = islice(_numbered(loader), trainer.global_rank, None, trainer.world_size)
             with closing(read_to_validate(trainer, mine)) as batches:
                 for batch, _, _ in batches:
-                    with refused_in(trainer.current_epoch):
+                    with refused_in(trainer.current_epoch), unlogged(module):
                         scoring.add(batch)
             return self.finish(trainer, module)
 

@@ -319,3 +319,21 @@ def test_texts_reach_a_forward_of_ones_own() -> None:
         scores.append(pruner.scores)
     for name, score in scores[0].items():
         torch.testing.assert_close(score, scores[1][name], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The refit left some parameters")
+@pytest.mark.parametrize("kwargs", [{}, {"criterion": "obs"}, {"refit": "layers"}])
+def test_what_forward_logs_is_that_of_the_steps(kwargs: dict[str, Any]) -> None:
+    class Counting(Digits):
+        def forward(self, x: Tensor) -> Tensor:
+            name = "train" if self.training else "val"
+            self.log(name, float(len(x)), batch_size=1, on_epoch=True, reduce_fx="sum")
+            return super().forward(x)
+
+    torch.manual_seed(1)
+    pruner = SaliencyPruningCallback({0: 0.3, 2: 0.5}, **kwargs)
+    t = trainer(pruner)  # the last event is after the last epoch, where nothing can be logged
+    t.fit(model := Counting(), *loaders())
+    assert [record["epoch"] for record in pruner.history] == [0, 2]
+    assert (float(t.callback_metrics["train"]), float(t.callback_metrics["val"])) == (320, 128)
+    assert not {"log", "log_dict"} & vars(model).keys()
