@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.passes.batches import change_tensors
+from lightning_prune.passes.batches import change_parts
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 """How a model's output is read, as for the scores: classes, independent bits, or a regression."""
+
+Part: TypeAlias = Tensor | list[Any] | tuple[Any, ...]
+"""Of a batch: a tensor, or a sequence with an entry a sample."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class BatchForm:
 
         Args:
             generated: What takes the place of the inputs; n may differ from B.
-            labels: What takes the place of the labels; None treats them like all other tensors:
-                those with B rows give their first n, again from the start where n > B. What has no
-                rows is passed on.
+            labels: What takes the place of the labels; None treats them like all other parts:
+                tensors with B rows and lists with an entry a sample give their first n, again from
+                the start where n > B. What has no rows is passed on.
         """
-        return change_tensors(self.batch, lambda leaf: self._rows(leaf, generated, labels))
+        return change_parts(
+            self.batch, len(self.inputs), lambda part: self._rows(part, generated, labels)
+        )
 
     def join(self, generated: Tensor, labels: Tensor | None = None) -> Any:
         """Return the batch with generated inputs (n, *shape) behind its own: of B + n samples.
@@ -89,27 +94,59 @@ class BatchForm:
                 "got None. Label them first."
             )
 
-        def joined(leaf: Any) -> Any:
-            if not self._has_rows(leaf):
-                return leaf
-            rows = self._rows(leaf, generated, labels)
-            return torch.cat([leaf, rows.to(leaf.device, leaf.dtype)])
+        def joined(part: Part) -> Any:
+            if not self._has_rows(part):
+                return part
+            rows = self._rows(part, generated, labels)
+            if not isinstance(part, Tensor):
+                return part + rows
+            return torch.cat([part, rows.to(part.device, part.dtype)])
 
-        return change_tensors(self.batch, joined)
+        return change_parts(self.batch, len(self.inputs), joined)
 
-    def _rows(self, leaf: Tensor, generated: Tensor, labels: Tensor | None) -> Any:
-        """Return what stands at a leaf's place in a batch of generated inputs."""
-        if leaf is self.inputs:
+    def possible_labels(self) -> list[str]:
+        """Describe what else in the batch may be labels, since it has an entry a sample.
+
+        That is every tensor beside the inputs and the labels, of any shape and dtype: a weight or a
+        mask cannot be told from a second label. Lists (texts, lengths) are counted only if no
+        tensor is known to be the labels.
+
+        Example:
+            >>> x, y = torch.zeros(3, 2), torch.tensor([7, 8, 9])
+            >>> batch = (x, y, {"box": torch.zeros(3, 4)}, ["a", "b", "c"])
+            >>> BatchForm(batch, x, y).possible_labels()
+            ['a torch.float32 tensor of shape (3, 4)']
+        """
+        found = []
+
+        def look(part: Part) -> None:
+            if part is self.inputs or part is self.labels or not self._has_rows(part):
+                return
+            if isinstance(part, Tensor):
+                found.append(f"a {part.dtype} tensor of shape {tuple(part.shape)}")
+            elif self.labels is None:
+                found.append(f"a {type(part).__name__} of {len(part)} entries")
+
+        change_parts(self.batch, len(self.inputs), look)
+        return found
+
+    def _rows(self, part: Part, generated: Tensor, labels: Tensor | None) -> Any:
+        """Return what stands at a part's place in a batch of generated inputs."""
+        if part is self.inputs:
             return generated
-        if labels is not None and leaf is self.labels:
+        if labels is not None and part is self.labels:
             return labels
-        if not self._has_rows(leaf):
-            return leaf
+        if not self._has_rows(part):
+            return part
         rows = torch.arange(len(generated)) % max(len(self.inputs), 1)
-        return leaf.index_select(0, rows.to(leaf.device))
+        if not isinstance(part, Tensor):
+            return type(part)(part[i] for i in rows.tolist())
+        return part.index_select(0, rows.to(part.device))
 
-    def _has_rows(self, leaf: Tensor) -> bool:
-        return leaf.ndim > 0 and len(leaf) == len(self.inputs)
+    def _has_rows(self, part: Part) -> bool:
+        if isinstance(part, Tensor):
+            return part.ndim > 0 and len(part) == len(self.inputs)
+        return True  # no other sequences are asked about
 
 
 def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Tensor:
@@ -122,7 +159,8 @@ def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Te
         likelihood: How the output is read.
 
     Raises:
-        ValueError: If no reading of the logits has the labels' shape.
+        ValueError: If no reading of the logits has the labels' shape, or if they are to be
+            classes, but there are not two.
 
     Example:
         >>> logits = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
@@ -133,6 +171,13 @@ def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Te
                 [0.7311, 0.5000]])
     """
     soft = like.is_floating_point()
+    if likelihood == "categorical" and (logits.ndim < 2 or logits.shape[1] < 2):
+        # A softmax over one class is 1 whatever the input, its argmax 0.
+        raise ValueError(
+            "Expected logits of shape (N, C) or (N, C, ...) with at least 2 classes for "
+            f"likelihood='categorical', but got {tuple(logits.shape)}. For one logit an output use "
+            "likelihood='bernoulli', for regression 'gaussian'."
+        )
     if likelihood == "gaussian":
         prediction = logits
     elif likelihood == "bernoulli":

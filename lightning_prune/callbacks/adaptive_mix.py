@@ -58,9 +58,14 @@ class AdaptiveMix:
         start: float = START,
         name: str = "vae",
     ) -> None:
-        self._mix, self._start, self._waiting, self._whole_epoch = 1.0, start, True, False
+        self._start = start
         self._injection, self._read, self._name = injection, read, name
         self._rule, self._samples = MixRule() if rule is None else rule, samples
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin as with a new model."""
+        self._mix, self._waiting, self._whole_epoch = 1.0, True, False
         self._kept: list[BatchForm] = []
         self._training, self._held_out = Losses(), Losses()
         self._unreadable = False

@@ -7,6 +7,7 @@ and validation, sanity checks and passes of our own see their batches as they ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_prune.augment.mixing import BatchForm
+
 HOOK = "batch_to_device"
 """The strategy's method by which a batch gets to the device."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class BatchJoin:
@@ -48,6 +53,25 @@ class BatchJoin:
                 f"{name}: expected a training_step(batch, batch_idx) for train_by='batch', but "
                 f"{type(pl_module).__name__}'s takes a dataloader_iter, so that there is no batch "
                 "to join. Take a batch, or leave 'train' out of `inject`."
+            )
+
+    @staticmethod
+    def check_labels(form: BatchForm, name: str) -> None:
+        """Refuse a batch in which real labels could end up beside generated samples.
+
+        What is not known to be the labels would be repeated from unrelated real samples.
+
+        Raises:
+            MisconfigurationException: Something else in the batch may be labels.
+        """
+        if found := form.possible_labels():
+            labels = "inputs and labels" if form.labels is not None else "the inputs"
+            raise MisconfigurationException(
+                f"{name}: expected train_by='batch' to find nothing beside {labels} that may be "
+                f"labels, since no label but the one of `(x, y)` or {{'x': x, 'y': y}} can be made "
+                f"for generated samples, but the batch also holds {', '.join(found)} with one "
+                "entry a sample. Use train_by='distill', which needs no labels, or leave what the "
+                "training does not need out of the batch."
             )
 
     def attach(self, trainer: Trainer, add: Callable[[Any], Any]) -> None:
@@ -104,6 +128,26 @@ class BatchJoin:
     def __getstate__(self) -> dict[str, Any]:
         """Copy without what belongs to a fit under way."""
         return {**vars(self), "_undo": None, "_real": None, "_joined": None}
+
+
+def whole(number: float, k: int) -> int:
+    """Return a number of samples for batch k, rounded so that its mean over batches is right.
+
+    Up or down by the fractional part of k times the golden ratio: spread evenly over [0, 1) also
+    along every m-th batch, so that batches may differ in size, and the same in a resumed run.
+
+    Args:
+        number: How many there should be, >= 0.
+        k: The number of the batch in the run, from 0.
+
+    Example:
+        >>> [whole(0.5, k) for k in range(10)]
+        [0, 1, 0, 1, 0, 0, 1, 0, 1, 1]
+        >>> {whole(0.29 * 100, k) for k in range(100)}
+        {29}
+    """
+    exact = round(number, 6)  # 0.29 * 100 is a little less than 29
+    return math.floor(exact + k * _GOLDEN % 1)
 
 
 def _by_the_training_loop(trainer: Trainer) -> bool:

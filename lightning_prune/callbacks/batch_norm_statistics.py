@@ -43,7 +43,8 @@ class BatchNormStatistics(Callback):
     It happens after the last training step and before the last epoch's validation, so that the
     last metrics and checkpoints are those of the network that is handed over; and once more at the
     end of the fit if that has changed the weights (an average of weights is put in, or the last
-    event comes in force). Put it after the pruner in the list of callbacks, and after one that
+    event comes in force), or if early stopping has ended it: the last metrics and checkpoint are
+    then from before. Put it after the pruner in the list of callbacks, and after one that
     averages weights. A layer that is in eval mode (frozen), or keeps no statistics, is left alone;
     a model without batch norm costs nothing. In distributed training each process sees its own
     batches and the statistics are averaged.

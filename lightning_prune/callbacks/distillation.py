@@ -23,6 +23,7 @@ from lightning_prune.callbacks.logit_term import LogitTerm
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.saliency_pruning import pruners_of
+from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.passes.teacher import Teacher
 
 
@@ -87,7 +88,7 @@ class DistillationCallback(Callback):
         self._term = LogitTerm(weight, temperature, likelihood)
         self._student: Callable[[], nn.Module | None] | None = None
         self._terms = RunningMeans()
-        self._passed = self._warned = False
+        self._passed = self._warned = self._of_a_start = False
         self._joined = True
 
     # ------------------------------------------------------------------ the dense network
@@ -124,9 +125,12 @@ class DistillationCallback(Callback):
         # A checkpoint has been restored by now: the teacher may have come with it, on the CPU.
         self._student = weakref.ref(pl_module)
         target = self._target(pl_module)
+        pruners = pruners_of(trainer)
+        pruned = any(pruner.sparsity > 0 for pruner in pruners)
+        if self._of_a_start and pruners and not pruned:  # it has learnt since, and is dense still
+            self._teacher, self._of_a_start = None, False
         if self._teacher is None:
-            pruners = pruners_of(trainer)
-            if any(pruner.sparsity > 0 for pruner in pruners):
+            if pruned:
                 rank_zero_warn(
                     "DistillationCallback: the model is pruned already and no dense weights were "
                     "kept, as the checkpoint or the earlier fit had no DistillationCallback. It "
@@ -134,7 +138,7 @@ class DistillationCallback(Callback):
                 )
                 self._teacher = Teacher.of(target)
             elif not pruners:
-                self._teacher = Teacher.of(target)
+                self._teacher, self._of_a_start = Teacher.of(target), True
         elif not self._teacher.fits(target):
             raise PruningSetupError(
                 "DistillationCallback: expected the dense weights from the checkpoint to fit "
@@ -142,7 +146,7 @@ class DistillationCallback(Callback):
                 "pruned and the same `module`, or use a new DistillationCallback."
             )
         else:
-            self._teacher.to(pl_module.device)
+            self._teacher = self._teacher.like(target)
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is None:
@@ -227,7 +231,10 @@ class DistillationCallback(Callback):
                 "loss is computed from: `module=`."
             )
         # One call an epoch: Lightning's own epoch mean would cost as much as the term.
-        logged = {f"distill/{name}": mean for name, mean in means.items()}
+        others = [c for c in callbacks_of(trainer) if isinstance(c, DistillationCallback)]
+        index = others.index(self) + 1
+        prefix = "distill" if index == 1 else f"distill_{index}"
+        logged = {f"{prefix}/{name}": mean for name, mean in means.items()}
         if logged and not trainer.barebones:
             pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
@@ -270,6 +277,7 @@ class DistillationCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         weights = state_dict["teacher"]
         self._teacher = None if weights is None else Teacher(weights)
+        self._of_a_start = False  # the run that it is from goes on
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_lent(self), "_student": None}  # a weak reference cannot be pickled

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_prune.callbacks.reading import on_device
 from lightning_prune.passes.isolation import own_randomness
 
 
@@ -53,8 +54,7 @@ def batches_before(
         for epoch in range(epochs):
             for batch in _apart(_untouched(loader, epoch), int(count), seed, epoch):
                 with isolate_rng(), own_randomness(pl_module.device, seed, "transfer", progress.n):
-                    converted = trainer.precision_plugin.convert_input(batch)
-                    moved = trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+                    moved = on_device(trainer, batch)
                 yield moved
                 progress.update()
 

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.adaptive_mix import AdaptiveMix
-from lightning_prune.callbacks.batch_join import BatchJoin
+from lightning_prune.callbacks.batch_join import BatchJoin, whole
+from lightning_prune.callbacks.encoding import read_form
+from lightning_prune.callbacks.saliency_pruning import pruners_of
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.passes.teacher import Teacher
@@ -83,18 +85,25 @@ class TrainingInjection:
                     "model, resume with the model that was pruned, or leave 'train' out of "
                     "`inject`."
                 )
-            self.teacher.to(pl_module.device)
+            self.teacher = self.teacher.like(pl_module)
         self._mix.begin(trainer)
         if self.by == "batch":
             self._join.attach(trainer, lambda batch: self._with_samples(trainer, pl_module, batch))
 
     def forget_teacher(self) -> None:
-        """Keep no weights but those that were given."""
+        """Keep no weights but those that were given, and nothing learnt of another model."""
         self.teacher = self._given
+        self._mix.forget()
 
-    def keep_teacher(self, pl_module: LightningModule) -> None:
+    def keep_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights as the teacher, if there is none yet."""
         if self.teacher is None:
+            if any(pruner.sparsity > 0 for pruner in pruners_of(trainer)):
+                rank_zero_warn(
+                    f"{self.name}: the model is pruned already and no dense weights were kept, as "
+                    "the checkpoint or the earlier fit had no such callback. The teacher is the "
+                    "pruned model as it is now; `teacher=` gives another."
+                )
             self.teacher = Teacher.of(pl_module)
 
     def start_epoch(self) -> None:
@@ -194,10 +203,14 @@ class TrainingInjection:
     def _with_samples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Return a training batch with samples behind its own, or as it is."""
         self.samples_joined = 0
-        if batch is None or self.teacher is None or not self.supply.generator.ready:
+        if batch is None:
+            return batch
+        # Also while nothing joins yet, which may be so for hours.
+        self._join.check_labels(read_form(batch, self.name), self.name)
+        if self.teacher is None or not self.supply.generator.ready:
             return batch
         form = self.supply.generator.prepare(trainer, batch)
-        n = round(self.share * self.mix * len(form.inputs))
+        n = whole(self.share * self.mix * len(form.inputs), self.supply.generator.seen)
         if n == 0:
             return batch
         inputs, classes = self.supply(trainer, pl_module, form, n)

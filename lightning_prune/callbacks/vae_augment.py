@@ -203,7 +203,7 @@ class VAEAugmentCallback(GeneratorCallback):
     def before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights as the teacher, if there is none yet. Called before masks change."""
         if self._joining is not None:
-            self._joining.keep_teacher(pl_module)
+            self._joining.keep_teacher(trainer, pl_module)
 
     # Lightning's hooks
 

@@ -167,17 +167,14 @@ def take_samples(batch: Any, index: Tensor) -> Any:
     """
     size = batch_size(batch)
 
-    def take(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if part.ndim and part.shape[0] == size:
-                return part.index_select(0, index.to(part.device))
-            return part
-        if len(part) == size and _has_entry_a_sample(part):
+    def take(part: Tensor | list[Any] | tuple[Any, ...]) -> Any:
+        if not isinstance(part, Tensor):
             return type(part)(part[i] for i in index.tolist())
-        entries = [apply_to_collection(entry, (Tensor, list, tuple), take) for entry in part]
-        return type(part)(*entries) if hasattr(part, "_fields") else type(part)(entries)
+        if part.ndim and part.shape[0] == size:
+            return part.index_select(0, index.to(part.device))
+        return part
 
-    return apply_to_collection(batch, (Tensor, list, tuple), take)
+    return change_parts(batch, size, take)
 
 
 def outside_inference_mode(batch: Any) -> Any:
@@ -197,6 +194,31 @@ def change_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
         change: Called with each tensor, in order.
     """
     return apply_to_collection(batch, Tensor, change)
+
+
+def change_parts(
+    batch: Any, size: int, change: Callable[[Tensor | list[Any] | tuple[Any, ...]], Any]
+) -> Any:
+    """Return a batch of the same form with every tensor and every sequence of samples changed.
+
+    Args:
+        batch: As for :func:`change_tensors`.
+        size: The number of its samples.
+        change: Called with each tensor, of any shape, and each list or tuple that has an entry a
+            sample in the sense of :func:`take_samples`, in order.
+
+    Example:
+        >>> change_parts((torch.ones(2), ["a", "b"], (8, 8)), 2, len)
+        (2, 2, (8, 8))
+    """
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor) or (len(part) == size and _has_entry_a_sample(part)):
+            return change(part)
+        entries = [apply_to_collection(entry, (Tensor, list, tuple), changed) for entry in part]
+        return type(part)(*entries) if hasattr(part, "_fields") else type(part)(entries)
+
+    return apply_to_collection(batch, (Tensor, list, tuple), changed)
 
 
 def _has_entry_a_sample(part: list[Any] | tuple[Any, ...]) -> bool:

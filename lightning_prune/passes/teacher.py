@@ -42,9 +42,12 @@ class Teacher:
         named = [*module.named_parameters(), *module.named_buffers()]
         return cls({name: tensor.detach().clone() for name, tensor in named})
 
-    def to(self, device: torch.device) -> None:
-        """Move the kept tensors."""
-        self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+    def like(self, module: nn.Module) -> Teacher:
+        """Return these weights on the device and in the precision of the module's own."""
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        moved = {name: tensor.to(named[name]) for name, tensor in self.weights.items()}
+        same = all(moved[name] is tensor for name, tensor in self.weights.items())
+        return self if same else Teacher(moved)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether every kept tensor has its place in ``module``."""

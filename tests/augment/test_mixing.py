@@ -99,6 +99,15 @@ def test_labels_that_no_prediction_fits_are_named():
         predicted_labels(torch.zeros(4, 3), torch.zeros(9, 7, dtype=torch.long), "categorical")
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])
+def test_one_logit_is_no_distribution_over_classes(shape, dtype):
+    """Its softmax is 1 and its argmax 0 whatever the input."""
+    like = torch.zeros(9, *shape[1:], dtype=dtype)
+    with pytest.raises(ValueError, match=r"at least 2 classes.*'bernoulli', for regression"):
+        predicted_labels(torch.randn(shape), like, "categorical")
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_is_the_divergence_of_torch(shape, temperature):
@@ -195,3 +204,34 @@ def test_labelled_batches_are_not_joined_by_inputs_without_labels():
     x, y = torch.rand(3, 2), torch.zeros(3)
     with pytest.raises(ValueError, match="labels for the generated inputs"):
         BatchForm((x, y), x, y).join(torch.rand(2, 2))
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_lists_with_an_entry_a_sample_follow_the_samples(x, y, n):
+    new, labels = torch.ones(n, 2), torch.zeros(n, dtype=torch.long)
+    rest = {"names": ["a", "b", "c"], "pair": (["d", "e", "f"], [[1], [2, 3], []]), "size": (8, 8)}
+    form = BatchForm((x, y, rest), x, y)
+    order = [0, 1, 2, 0, 1][:n]
+    filled, joined = form.fill(new, labels)[2], form.join(new, labels)[2]
+    for read in (lambda r: r["names"], lambda r: r["pair"][0], lambda r: r["pair"][1]):
+        assert read(filled) == [read(rest)[i] for i in order]
+        assert read(joined) == [*read(rest), *read(filled)]
+    assert filled["size"] == joined["size"] == (8, 8)
+    assert rest["names"] == ["a", "b", "c"]
+
+
+def test_a_list_of_another_length_is_passed_on(x, y):
+    form = BatchForm((x, y, ["a", "b"], 3.0), x, y)
+    assert form.join(torch.ones(1, 2), torch.zeros(1))[2:] == (["a", "b"], 3.0)
+
+
+def test_what_may_be_labels_is_told_from_what_is_none(x, y):
+    names, box, constant = ["a", "b", "c"], torch.zeros(3, 1, 4), torch.zeros(4)
+    for batch in ((x, y, names, constant, torch.tensor(1.0)), (x, y, x, y)):
+        assert BatchForm(batch, x, y).possible_labels() == []
+    assert BatchForm((x, y, box), x, y).possible_labels() == [
+        "a torch.float32 tensor of shape (3, 1, 4)"
+    ]
+    assert BatchForm((x, {"cls": y}), x).possible_labels() == ["a torch.int64 tensor of shape (3,)"]
+    assert BatchForm((x, names), x).possible_labels() == ["a list of 3 entries"]
+    assert BatchForm({"x": x, "size": (8, 8, 8)}, x).possible_labels() == []

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_prune import SaliencyPruningCallback, VAEAugmentCallback
 from lightning_prune.augment.fitting import GeneratorFitter
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.augment.vae import DenseVAE
-from lightning_prune.callbacks.batch_join import HOOK, BatchJoin
+from lightning_prune.callbacks.batch_join import HOOK, BatchJoin, whole
 from lightning_prune.callbacks.reading import on_device
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.saliency import default_forward, read_inputs, read_labels
@@ -274,3 +275,96 @@ def test_a_step_that_fetches_its_batches_is_refused():
 
     with pytest.raises(MisconfigurationException, match="dataloader_iter"):
         fit(Fetching(), Joining())
+
+
+class Rows(torch.utils.data.Dataset):
+    """Samples of any form, made of a digit and its number."""
+
+    def __init__(self, form, n=96):
+        self.form, self.n = form, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return self.form(X[index], Y[index])
+
+
+def joining_fit(model, form, size=B, n=96, **arguments):
+    """Train with the callback itself; samples join from the second epoch on."""
+    vae = VAEAugmentCallback(
+        inject=("train",), train_by="batch", adapt=False, warmup=1, **arguments
+    )
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[SaliencyPruningCallback({0: 0.5}, criterion="magnitude"), vae],
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(Rows(form, n), size), DataLoader(TensorDataset(X, Y), 32))
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (lambda x, y: (x, y, y % 2), r"inputs and labels .* torch.int64 tensor of shape \(24,\)"),
+        (lambda x, y: (x, y, torch.rand(2, 2)), r"torch.float32 tensor of shape \(24, 2, 2\)"),
+        (lambda x, y: (x, {"cls": y}), r"beside the inputs .* torch.int64 tensor of shape"),
+        (lambda x, y: (x, str(int(y))), "a tuple of 24 entries|a list of 24 entries"),
+    ],
+)
+def test_real_labels_do_not_end_up_beside_generated_samples(form, found):
+    class Taking(Model):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch)
+            return self(batch[0]).square().mean()
+
+    model = Taking()
+    with pytest.raises(MisconfigurationException, match=found) as caught:
+        joining_fit(model, form)
+    assert "train_by='distill'" in str(caught.value)
+    assert not model.seen  # before the first step, though nothing would join yet
+
+
+def test_names_of_samples_follow_them():
+    model = Model()
+    joining_fit(model, lambda x, y: (x, y, f"digit {y}"))
+    sizes = [tuple(map(len, batch)) for batch in model.seen]
+    assert sizes == [(B,) * 3] * 4 + [(B + B // 2,) * 3] * 4
+    *_, names = model.seen[-1]
+    assert names[B:] == names[: B // 2]
+
+
+def test_a_regression_read_as_classes_is_refused_before_the_first_step():
+    class Regression(Model):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch)
+            return F.mse_loss(self(batch[0]), batch[1])
+
+    model = Regression()
+    model.net[2] = nn.Linear(16, 1)
+
+    def form(x, y):
+        return x, y[None].float()
+
+    with pytest.raises(ValueError, match="for regression 'gaussian'"):
+        joining_fit(model, form)
+    assert not model.seen
+    joining_fit(model, form, likelihood="gaussian")
+    assert len(model.seen[-1][1].unique()) > 10
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_batches_get_their_share_on_average(size):
+    model = Model()
+    joining_fit(model, lambda x, y: (x, y), size=size, n=60)
+    joined = [len(x) - size for x, _ in model.seen[60 // size :]]
+    assert abs(sum(joined) - 30) <= 2
+    assert set(joined) <= {size // 2, -(-size // 2)}
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (7, 7, 7, 2), (16,)])
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.83])
+def test_the_share_is_right_whatever_the_batches_sizes(sizes, share):
+    batches = [sizes[k % len(sizes)] for k in range(4000)]
+    made = sum(whole(share * size, k) for k, size in enumerate(batches))
+    assert abs(made - share * sum(batches)) < 20

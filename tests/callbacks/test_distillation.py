@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -397,6 +398,44 @@ def test_a_second_model_has_a_second_teacher() -> None:
     assert learning._teacher is kept
     run(second, learning)
     assert learning._teacher is not kept
+
+
+def test_a_dense_training_before_the_first_pruning_is_learnt_from() -> None:
+    learning, model = DistillationCallback(), make_model()
+    fit(learning, model=model, max_epochs=2)  # no pruner yet: the teacher is the first start
+    trained = model.net[0].weight.detach().clone()
+    pruner = SaliencyPruningCallback({0: 0.5}, criterion="magnitude")
+    fit(learning, pruner, model=model, max_epochs=1)
+    kept = learning._teacher
+    assert int((kept.weights["net.0.weight"] == 0).sum()) == 0
+    first = torch.nn.utils.parameters_to_vector(make_model().parameters())
+    assert not torch.equal(kept.weights["net.0.weight"].flatten(), first[: 64 * 24])
+    distance = (kept.weights["net.0.weight"] - trained).norm()
+    assert distance < (trained - first[: 64 * 24].view(24, 64)).norm()
+    fit(learning, pruner, model=model, max_epochs=1)
+    assert learning._teacher.weights["net.0.weight"].equal(kept.weights["net.0.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_true_precisions(precision: str) -> None:
+    learning, model = DistillationCallback(), make_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(learning, model=model, max_epochs=1, precision=precision)
+    assert learning._teacher.weights["net.0.weight"].dtype == model.net[0].weight.dtype
+
+
+def test_two_of_them_have_names_of_their_own() -> None:
+    losses: list[dict[str, float]] = []
+
+    class Noted(L.Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            losses.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    first = DistillationCallback(module="net")
+    second = DistillationCallback(module="net.0", likelihood="gaussian")
+    run(Model(), first, second, Noted())
+    assert losses[0]["distill/loss"] != losses[0]["distill_2/loss"]
 
 
 def test_copies_and_short_runs() -> None:

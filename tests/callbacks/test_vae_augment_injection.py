@@ -198,6 +198,45 @@ def test_a_given_teacher_is_followed_from_the_start_and_survives_training() -> N
     assert all(torch.equal(callback._joining.teacher.weights[n], dense[n]) for n in dense)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_given_teacher_answers_in_the_precision_of_the_model(precision: str) -> None:
+    model = Digits()
+    callback = VAEAugmentCallback(
+        inject=("train",), teacher=copy.deepcopy(model), warmup=1, adapt=False
+    )
+    trainer, _ = fit([callback], model=model, max_epochs=1, precision=precision)
+    assert "vae/distillation" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_pruned_teacher_is_said_to_be_one(tmp_path) -> None:
+    trainer, _ = fit([pruner()])
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    callback = VAEAugmentCallback(inject=("train",), warmup=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(
+            [SaliencyPruningCallback({0: 0.5, 3: 0.8}), callback],
+            ckpt_path=tmp_path / "pruned.ckpt",
+            max_epochs=5,
+        )
+    assert any("teacher is the pruned model" in str(warning.message) for warning in caught)
+
+
+def test_another_model_has_a_factor_of_its_own() -> None:
+    factors: list[float] = []
+
+    class Factor(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            factors.append(callback._joining.mix)
+
+    callback = VAEAugmentCallback(inject=("train",), warmup=1)
+    for _ in range(2):
+        fit([pruner(), callback, Factor()], train=slice(0, 960), max_epochs=4)
+    assert callback._joining.mix != factors[0]  # what the first model has come to
+    assert factors[0] == factors[1]
+
+
 def test_a_teacher_of_another_shape_is_refused_before_the_first_step() -> None:
     model = Digits()
     callback = VAEAugmentCallback(teacher=Digits(width=5))

@@ -267,6 +267,17 @@ def test_a_progress_bar_runs_along_where_there_is_one(capsys):
     assert "14/14" in capsys.readouterr().err
 
 
+def test_batches_read_before_go_through_the_modules_transfer():
+    class Scaling(Digits):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0].float() / 160, batch[1]
+
+    training = GeneratorTraining(fit_before=1)
+    callback = VAEAugmentCallback(inject=(), training=training)
+    fit([callback], Scaling(), train=loader(X.to(torch.uint8)), max_epochs=1)
+    assert callback.vae.input_range.high.item() == pytest.approx(0.1)
+
+
 def test_an_endless_loader_cannot_be_read_before():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
