@@ -282,7 +282,8 @@ class Pruner:
         with refused_in(event.epoch):
             if self.criterion.needs_prices:
                 names = list(self.parameters)
-                raw, samples = self.refitter.prices(trainer, module, names, before)
+                one_by_one = self.criterion.one_by_one
+                raw, samples = self.refitter.prices(trainer, module, names, before, one_by_one)
                 event = replace(event, samples=samples)
             scores = self.criterion(raw, self.parameters)
             saliency = raw if self.criterion.needs_scores else None

@@ -54,7 +54,12 @@ class Refitter:
         self.scorer.calibrates = self.method is not None
 
     def prices(
-        self, trainer: Trainer, module: LightningModule, names: list[str], masks: Masks
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        names: list[str],
+        masks: Masks,
+        one_by_one: bool,
     ) -> tuple[Scores, int]:
         """Return the second-order price of every weight, and of how many samples it is."""
         options = self.scorer.options
@@ -75,6 +80,7 @@ class Refitter:
                     [*real, *generated],
                     forward=options.forward or default_forward,
                     likelihood=options.likelihood,
+                    one_by_one=one_by_one,
                 )
         _share(trainer, {**{name: prices[name] for name in names}, "samples": samples})
         check_scores(prices)

@@ -45,8 +45,8 @@ class SaliencyPruningCallback(Callback):
             ``None``, or a :class:`~lightning_prune.schedules.Schedule`. Epochs count from 0. A
             target is the share of all prunable weights removed by then, in [0, 1), or
             :class:`~lightning_prune.Threshold`.
-        criterion: ``"taylor"`` (w^2 R), ``"obs"`` (second order, for linear layers and
-            convolutions; goes with ``refit``), ``"saliency"`` (R, the published score),
+        criterion: ``"taylor"`` (w^2 R), ``"obs"``, ``"obc"`` (second order, for linear layers and
+            convolutions; go with ``refit``), ``"saliency"`` (R, the published score),
             ``"magnitude"``, ``"random"``, or a callable (scores, parameters) -> scores. The ranking
             by w^2 R is far better than that by R. Magnitude and random need no scoring pass and no
             validation.

@@ -58,6 +58,7 @@ class Scoring:
                 batches,
                 forward=self.forward,
                 likelihood=self.likelihood,
+                one_by_one=self.ranking.one_by_one,
             )
         return self.ranking(prices, self.parameters), None
 

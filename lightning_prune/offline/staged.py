@@ -61,9 +61,9 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         batches: The calibration data: ``x``, ``(x, y)`` or dicts; axis 0 of tensors counts samples.
         sparsity: The share of all prunable weights removed at the end, in [0, 1).
         stages: In how many steps; more are better and take longer. 10 to 30 for high sparsities.
-        criterion: By what weights are ranked: ``"taylor"`` (w^2 R), ``"obs"`` (second order; goes
-            with ``refit``), ``"saliency"`` (R), ``"magnitude"``, ``"random"`` or a callable
-            (scores, parameters) -> scores.
+        criterion: By what weights are ranked: ``"taylor"`` (w^2 R), ``"obs"``, ``"obc"`` (second
+            order; go with ``refit``), ``"saliency"`` (R), ``"magnitude"``, ``"random"`` or a
+            callable (scores, parameters) -> scores.
         refit: ``"outputs"`` fits the network's predictions by Gauss-Newton steps, ``"layers"`` each
             layer's pre-activations by a closed form, which is faster; ``"auto"`` (also ``True``)
             takes the outputs where there are 2,000 real samples, else the layers. A tenth of
@@ -89,8 +89,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         Parameter name -> bool tensor, ``True`` = kept.
 
     Raises:
-        ValueError: Arguments that cannot be used; no batches; a layer that ``criterion="obs"`` has
-            no price for.
+        ValueError: Arguments that cannot be used; no batches; a layer that ``criterion="obs"``
+            (or ``"obc"``) has no price for.
         NonFiniteScoresError: A score is not finite.
 
     Warns about parameters that no stage's refit could correct, and says why.

@@ -22,6 +22,7 @@ from lightning_prune.passes.isolation import own_randomness
 from lightning_prune.refit.borrowing import borrowed, device_of
 from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.columns import Linear, as_rows, groups
+from lightning_prune.refit.elimination import elimination_costs
 from lightning_prune.refit.gram import Moments
 from lightning_prune.refit.layers import Layer, find_layers, watching
 from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridge_for, ridged
@@ -41,6 +42,7 @@ def obs_prices(
     likelihood: Likelihood = "categorical",
     temperature: float | None = None,
     ridge: float | None = None,
+    one_by_one: bool = False,
 ) -> Scores:
     """Return the second-order price of each weight.
 
@@ -75,6 +77,8 @@ def obs_prices(
             falling evenly to 1 at 3,000. No meaning for ``"gaussian"``.
         ridge: Keeps inputs that are 0 in every sample or repeat one another solvable; > 0. ``None``
             is 1e-3, and more where a layer has seen fewer than 3,000 inputs: 3 by their number.
+        one_by_one: Price the weights of short rows at their turn, when the row is taken apart, see
+            :func:`~lightning_prune.refit.elimination.elimination_costs`.
 
     Returns:
         Name -> prices shaped like the weight, in probability^2, float32 or the weight's float64; 0
@@ -124,7 +128,8 @@ def obs_prices(
     with borrowed(model):
         for layer, moments in _moments(model, layers, batches, forward):
             keep = masks.get(layer.name, torch.ones_like(layer.weight, dtype=torch.bool))
-            prices[layer.name] = _price(layer, moments, keep, saliency[layer.name] / samples, ridge)
+            s = saliency[layer.name] / samples
+            prices[layer.name] = _price(layer, moments, keep, s, ridge, one_by_one)
     return {name: prices[name] for name in names}
 
 
@@ -177,7 +182,12 @@ def _add(found: dict[nn.Module, Moments], module: nn.Module, inputs: Tensor, _: 
 
 
 def _price(
-    layer: Layer, moments: Moments, keep: Tensor, saliency: Tensor, ridge: float | None
+    layer: Layer,
+    moments: Moments,
+    keep: Tensor,
+    saliency: Tensor,
+    ridge: float | None,
+    one_by_one: bool,
 ) -> Tensor:
     """Return the prices of one layer; ``saliency`` is that of its rows (D_out), a sample."""
     gram = moments.gram
@@ -193,8 +203,11 @@ def _price(
     found = torch.zeros_like(w)
     for g in range(gram.shape[0]):
         if float(gram[g].diagonal().sum()) > 0:  # without any input no weight of it matters
-            diagonal = inverse_diagonals(ridged(gram[g], ridge)[0], kept[g])
-            price = w[g].square() * s[g] / diagonal
+            solvable = ridged(gram[g], ridge)[0]
+            if one_by_one:
+                found[g] = elimination_costs(solvable, w[g], kept[g]) * s[g]
+                continue
+            price = w[g].square() * s[g] / inverse_diagonals(solvable, kept[g])
             found[g] = torch.where(kept[g], price, torch.zeros_like(price))
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     return found.reshape(layer.weight.shape).to(layer.weight.device, dtype)

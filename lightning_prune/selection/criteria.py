@@ -27,12 +27,14 @@ class Criterion:
         needs_scores: Whether the squared gradients R enter; without them no scoring pass is needed.
         function: The ranking itself.
         needs_prices: Whether second-order prices enter, in the place of R.
+        one_by_one: Whether they are those of weights that leave their row one after another.
     """
 
     name: str
     needs_scores: bool
     function: CriterionFunction
     needs_prices: bool = False
+    one_by_one: bool = False
 
     def __call__(self, scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
         """Return one finite score for each weight; larger is more important.
@@ -85,6 +87,18 @@ def obs(scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
     return {name: scores[name] for name in parameters}
 
 
+def obc(scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:
+    """Return second-order prices that know of one another.
+
+    What a weight costs when its row is taken apart, the cheapest weight first. ``"obs"`` prices
+    each as if the others stayed.
+
+    Source: Frantar, Singh and Alistarh, 2022, "Optimal Brain Compression: a framework for accurate
+    post-training quantization and pruning".
+    """
+    return {name: scores[name] for name in parameters}
+
+
 def random(scores: Scores, parameters: Mapping[str, Tensor], *, seed: int = 0) -> Scores:
     """Return uniform noise: the control that every other criterion has to beat.
 
@@ -100,7 +114,7 @@ def random(scores: Scores, parameters: Mapping[str, Tensor], *, seed: int = 0) -
 
 
 CriterionLike: TypeAlias = (
-    Literal["saliency", "taylor", "obs", "magnitude", "random"] | CriterionFunction
+    Literal["saliency", "taylor", "obs", "obc", "magnitude", "random"] | CriterionFunction
 )
 """What users give: a name, in this order for configuration files, or a function."""
 
@@ -108,6 +122,7 @@ CRITERIA: Mapping[str, tuple[CriterionFunction, bool]] = {
     "saliency": (saliency, True),
     "taylor": (taylor, True),
     "obs": (obs, False),
+    "obc": (obc, False),
     "magnitude": (magnitude, False),
     "random": (random, False),
 }
@@ -118,7 +133,7 @@ def resolve_criterion(criterion: CriterionLike, *, seed: int = 0) -> Criterion:
     """Return the criterion a user asked for by name or wrote as a function.
 
     Args:
-        criterion: ``"saliency"`` (R), ``"taylor"`` (w^2 R), ``"obs"`` (second order),
+        criterion: ``"saliency"`` (R), ``"taylor"`` (w^2 R), ``"obs"`` and ``"obc"`` (second order),
             ``"magnitude"`` (|w|), ``"random"``, or a callable ``(scores, parameters) -> scores``. A
             callable gets R; one that does without says so by an attribute ``needs_scores = False``
             and then gets an empty mapping.
@@ -135,8 +150,8 @@ def resolve_criterion(criterion: CriterionLike, *, seed: int = 0) -> Criterion:
         Traceback (most recent call last):
             ...
         ValueError: Expected argument `criterion` to be one of 'saliency', 'taylor', 'obs', \
-'magnitude', 'random' or a callable (scores, parameters) -> scores, but got 'tailor'. Did you mean \
-'taylor'?
+'obc', 'magnitude', 'random' or a callable (scores, parameters) -> scores, but got 'tailor'. Did \
+you mean 'taylor'?
     """
     names = ", ".join(map(repr, CRITERIA))
     expected = (
@@ -150,7 +165,8 @@ def resolve_criterion(criterion: CriterionLike, *, seed: int = 0) -> Criterion:
         function, needs_scores = CRITERIA[criterion]
         if function is random:
             function = partial(random, seed=seed)
-        return Criterion(criterion, needs_scores, function, needs_prices=function is obs)
+        priced, one_by_one = function in (obs, obc), function is obc
+        return Criterion(criterion, needs_scores, function, priced, one_by_one)
     if isinstance(criterion, type) or not callable(criterion):
         raise TypeError(expected)
     name = getattr(criterion, "__name__", type(criterion).__name__)
