@@ -46,7 +46,7 @@ SQUARED_GRADIENTS = {
 }
 CRITERIA_NAMES = (
     "taylor", "magnitude-global", "magnitude-layer", "snip", "w2-fisher", "obs",
-    "w2-empirical-fisher", "saliency", "random",
+    "w2-empirical-fisher", "saliency", "random", "obc",
 )  # fmt: skip
 
 
@@ -140,9 +140,9 @@ class Descent:
             return {name: weight.abs() for name, weight in weights.items()}
         if criterion == "snip":
             return {name: (weights[name] * g).abs() for name, g in self._loss_gradient().items()}
-        if criterion == "obs":
-            inputs = [x for x, _ in self.scored]
-            return obs_prices(self.net, self.masks, self.names, inputs)
+        if criterion in ("obs", "obc"):
+            inputs, one_by_one = [x for x, _ in self.scored], criterion == "obc"
+            return obs_prices(self.net, self.masks, self.names, inputs, one_by_one=one_by_one)
         squares = squared_gradients(
             self.net,
             self.scored,

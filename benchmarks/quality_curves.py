@@ -92,7 +92,7 @@ def _panel(axes: Axes, table: Table, family: str) -> None:
     # Where the good ones differ; the lost ones leave the picture and are in the table.
     best = max(e for arm in shown for e in map(_top, table.accuracies[arm].values()))
     bottom = max(0.0, dense - (45 if family == "no-retraining" else 20))
-    axes.set_ylim(bottom, max(dense, best) + 0.5)
+    axes.set_ylim(bottom, min(100.0, max(dense, best)) + 0.5)
     axes.legend(loc="lower left")
 
 

@@ -28,6 +28,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe-distill": {"distill": 0.5},
     "recipe-layers": {"refit": "layers"},
+    "recipe-obc": {"criterion": "obc"},
     "recipe-no-batch-norm": {"batch_norm": False},
     "recipe-fisher": {**PLAIN, "target": "fisher"},
     "recipe-taylor": PLAIN,
