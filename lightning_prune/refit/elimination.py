@@ -51,8 +51,9 @@ def elimination_costs(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
         tensor([[0.1950, 0.2360]], dtype=torch.float64)
     """
     counts = keep.sum(1)
-    costs = torch.where(keep, weights.square() / inverse_diagonals(gram, keep), 0.0)
-    few = ((counts > 1) & (counts <= MOST_SURVIVORS)).nonzero()[:, 0]
+    long = keep & (counts > MOST_SURVIVORS)[:, None]
+    costs = torch.where(long, weights.square() / inverse_diagonals(gram, long), 0.0)
+    few = ((counts > 0) & (counts <= MOST_SURVIVORS)).nonzero()[:, 0]
     for start in range(0, len(few), ROWS):
         rows = few[start : start + ROWS]
         # Each row's survivors first, in their order; what fills up to the longest row is not alive.
