@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prune.passes.batches import change_parts
+from lightning_prune.passes.outputs import check_classes
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 """How a model's output is read, as for the scores: classes, independent bits, or a regression."""
@@ -171,21 +172,16 @@ def predicted_labels(logits: Tensor, like: Tensor, likelihood: Likelihood) -> Te
                 [0.7311, 0.5000]])
     """
     soft = like.is_floating_point()
-    if likelihood == "categorical" and (logits.ndim < 2 or logits.shape[1] < 2):
-        # A softmax over one class is 1 whatever the input, its argmax 0.
-        raise ValueError(
-            "Expected logits of shape (N, C) or (N, C, ...) with at least 2 classes for "
-            f"likelihood='categorical', but got {tuple(logits.shape)}. For one logit an output use "
-            "likelihood='bernoulli', for regression 'gaussian'."
-        )
+    if likelihood == "categorical":
+        check_classes(logits)
     if likelihood == "gaussian":
         prediction = logits
     elif likelihood == "bernoulli":
         prediction = logits.sigmoid() if soft else logits > 0
     elif soft and like.shape[1:] == logits.shape[1:]:
-        prediction = logits.softmax(_class_axis(logits))
+        prediction = logits.softmax(1)
     else:
-        prediction = logits.argmax(_class_axis(logits))
+        prediction = logits.argmax(1)
     expected = (len(logits), *like.shape[1:])
     if prediction.numel() != torch.Size(expected).numel():
         raise ValueError(
@@ -213,6 +209,9 @@ def distillation_loss(
     Returns:
         A scalar of at least float32, 0 exactly where student and teacher agree.
 
+    Raises:
+        ValueError: Categorical logits without at least 2 classes on axis 1.
+
     Source: Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network".
 
     Example:
@@ -229,10 +228,6 @@ def distillation_loss(
         p = teacher.sigmoid()
         entropy = F.binary_cross_entropy_with_logits(teacher, p)
         return temperature**2 * (F.binary_cross_entropy_with_logits(student, p) - entropy)
-    axis = _class_axis(student)
-    log_p, log_q = teacher.log_softmax(axis), student.log_softmax(axis)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(axis).mean()
-
-
-def _class_axis(logits: Tensor) -> int:
-    return 1 if logits.ndim > 1 else 0
+    check_classes(student)
+    log_p, log_q = teacher.log_softmax(1), student.log_softmax(1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()

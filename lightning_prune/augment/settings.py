@@ -36,7 +36,10 @@ def settings_for(x: Tensor) -> dict[str, Any]:
 
 
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "shape": (lambda shape: all(width >= 1 for width in shape), "positive sizes"),
+    "shape": (
+        lambda shape: len(shape) > 0 and all(width >= 1 for width in shape),
+        "positive sizes, at least one (one number a sample has shape (1,))",
+    ),
     "hidden": (
         lambda hidden: hidden is None or (len(hidden) == 2 and min(hidden) >= 1),
         "two positive widths, or None",

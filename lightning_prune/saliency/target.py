@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.exceptions import NonFiniteScoresError
+from lightning_prune.passes.outputs import check_classes
 from lightning_prune.saliency.rows import Rows, independent_rows, rotated_rows, term_rows
 from lightning_prune.saliency.softmax import Softmax
 
@@ -153,12 +154,8 @@ def check_labels(
 ) -> None:
     """Raise ValueError if logits or labels do not fit target and likelihood."""
     shape = tuple(logits.shape)
-    if likelihood == "categorical" and (logits.ndim < 2 or shape[1] < 2):
-        raise ValueError(
-            f"Expected logits of shape (N, C) or (N, C, ...) with at least 2 classes for "
-            f"likelihood='categorical', but got {shape}. For one logit an output use "
-            f"likelihood='bernoulli', for regression 'gaussian'."
-        )
+    if likelihood == "categorical":
+        check_classes(logits)
     if not logits.is_floating_point() or logits.ndim < 1:
         raise ValueError(
             f"Expected floating point logits with a sample axis, but got {logits.dtype} "

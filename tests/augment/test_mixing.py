@@ -106,6 +106,8 @@ def test_one_logit_is_no_distribution_over_classes(shape, dtype):
     like = torch.zeros(9, *shape[1:], dtype=dtype)
     with pytest.raises(ValueError, match=r"at least 2 classes.*'bernoulli', for regression"):
         predicted_labels(torch.randn(shape), like, "categorical")
+    with pytest.raises(ValueError, match=r"at least 2 classes.*'bernoulli', for regression"):
+        distillation_loss(torch.randn(shape), torch.randn(shape), "categorical", 1.0)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3)])

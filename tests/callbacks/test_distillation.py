@@ -348,6 +348,19 @@ def test_an_output_without_logits_is_refused_in_the_first_step() -> None:
     run(Pair(), callback(module="net"))
 
 
+def test_one_logit_is_no_distribution_to_learn_from() -> None:
+    class Single(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)[:, :1]
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return self(batch[0]).square().mean()
+
+    with pytest.raises(ValueError, match=r"at least 2 classes.*\(\d+, 1\).*'bernoulli'"):
+        run(Single(), callback())
+    run(Single(), callback(likelihood="gaussian"))
+
+
 def test_a_loss_that_passes_lightning_by_is_noticed() -> None:
     class Raw(Model):
         def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -447,6 +447,16 @@ def test_token_ids_need_a_generator_of_their_own():
     assert model.trainer.global_step == 0
 
 
+def test_single_numbers_need_a_generator_of_their_own():
+    class Lookup(Digits):
+        def forward(self, x):
+            return self.net(x[:, None].expand(-1, 64))
+
+    batches = loader(X[:, 3, 3])
+    with pytest.raises(MisconfigurationException, match=r"\(\) fit no.*\n.*has shape \(1,\)"):
+        fit([VAEAugmentCallback()], model=Lookup(), train=batches, val=batches)
+
+
 def test_a_batch_that_cannot_be_read_is_named():
     def collate(rows):
         x, y = torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
