@@ -211,6 +211,7 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pruner.scorer.step_inputs.watch(pl_module)
         if is_fitting(trainer) and self._pruner.scores_in(trainer):
             self._pruner.scorer.begin(trainer, pl_module)
 
@@ -224,6 +225,7 @@ class SaliencyPruningCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._pruner.scorer.step_inputs.compare(pl_module, batch)
         if trainer.sanity_checking and self._pruner.scorer.loader is None:
             self._pruner.scorer.look(pl_module, batch)
         self._pruner.scorer.add(trainer, batch, batch_idx, dataloader_idx)

@@ -36,6 +36,7 @@ from lightning_prune.callbacks.scoring import (
     ScoringResult,
     refused_in,
 )
+from lightning_prune.callbacks.step_inputs import StepInputs
 from lightning_prune.passes.batches import batch_size, default_forward, take_samples
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.selection import Criterion
@@ -64,6 +65,7 @@ class Scorer:
         self.loader = loader
         self.calibrates = False  # for a refit, which needs batches whatever the criterion does
         self.checked = False
+        self.step_inputs = StepInputs()
         self._names: list[str] = []
         self._scored = self._priced = False
         self._pass: ScoringPass | None = None
@@ -87,6 +89,7 @@ class Scorer:
         self._names = names
         self._scored, self._priced = criterion.needs_scores, criterion.needs_prices
         self.checked = idle or not (self._scored or self._priced or self.calibrates)
+        self.step_inputs.done = self.checked or self.options.forward is not None
 
     def look(self, module: LightningModule, batch: Any) -> None:
         """Raise what scoring such a batch would raise, before the first training step."""
@@ -209,11 +212,12 @@ class Scorer:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass hangs on the model that is being scored; a copy starts without one.
-        return {**self.__dict__, "_pass": None}
+        return {**self.__dict__, "_pass": None, "step_inputs": StepInputs()}
 
     def let_go(self) -> None:
         """End whatever is under way without a result."""
         self._unfinished = None
+        self.step_inputs.let_go()
         if self._pass is not None:
             self._pass.close()
             self._pass = None

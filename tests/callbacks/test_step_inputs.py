@@ -1,0 +1,93 @@
+"""A validation step that feeds the model something else than its batch is noticed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
+from tests.callbacks.pruning_cases import Digits, fit, loaders, trainer
+
+SAID = "validation_step calls the model with another tensor"
+
+
+class Prepared(Digits):
+    """Does something to its input before it calls the model."""
+
+    def __init__(self, prepare: Any, called: str = "self") -> None:
+        torch.manual_seed(1)
+        super().__init__()
+        self.prepare, self.called = prepare, called
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        net = self if self.called == "self" else self.net
+        net(self.prepare(batch[0]))
+
+
+def said(model: Digits, pruner: SaliencyPruningCallback, **kwargs: Any) -> list[str]:
+    """Return what a fit has said about the step's inputs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(pruner, model=model, **kwargs)
+    return [str(w.message) for w in caught if SAID in str(w.message)]
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("criterion", ["taylor", "obc"])
+def test_a_step_that_scales_its_input_is_warned_of_once(criterion: str, sanity: int) -> None:
+    model = Prepared(lambda x: (x - 0.3) / 0.4)
+    pruner = SaliencyPruningCallback({1: 0.5}, criterion=criterion)
+    assert len(said(model, pruner, num_sanity_val_steps=sanity)) == 1
+    assert not model._forward_pre_hooks
+    assert len(said(model, SaliencyPruningCallback({1: 0.5}))) == 1  # another fit
+
+
+def test_other_shapes_are_named() -> None:
+    class Turned(Prepared):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1))
+
+    (message,) = said(Turned(lambda x: x.reshape(-1, 8, 8)), SaliencyPruningCallback({1: 0.5}))
+    assert "(50, 8, 8) than the batch's input (50, 64)" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "pruner"),
+    [
+        (lambda: Prepared(lambda x: x), {}),
+        (lambda: Prepared(lambda x: x.double().float()), {}),
+        (lambda: Prepared(lambda x: x + 1.0, called="net"), {}),  # not known, so nothing is said
+        (lambda: Prepared(lambda x: x + 1.0), {"forward": lambda m, b: m(b[0] + 1.0)}),
+        (lambda: Prepared(lambda x: x + 1.0), {"criterion": "magnitude"}),  # reads no batch
+        (lambda: Prepared(lambda x: x + 1.0), {"schedule": {}}),
+    ],
+)
+def test_nothing_is_said_where_there_is_nothing_to_say(model: Any, pruner: Any) -> None:
+    assert said(model(), SaliencyPruningCallback(**{"schedule": {1: 0.5}, **pruner})) == []
+
+
+def test_a_step_that_calls_the_model_twice_is_right_once() -> None:
+    class Twice(Prepared):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self(batch[0] + 1.0)
+            self(batch[0])
+
+    assert said(Twice(None), SaliencyPruningCallback({1: 0.5})) == []
+
+
+def test_a_failing_step_leaves_no_hook_and_a_copy_takes_none_along() -> None:
+    class Failing(Prepared):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.copied = copy.deepcopy(pruner)
+            raise RuntimeError("the step fails")
+
+    model, pruner = Failing(None), SaliencyPruningCallback({1: 0.5})
+    with pytest.raises(RuntimeError, match="the step fails"):
+        trainer(pruner).fit(model, *loaders())
+    assert not model._forward_pre_hooks
+    assert said(Prepared(lambda x: x + 1.0), model.copied)
