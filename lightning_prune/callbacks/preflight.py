@@ -25,7 +25,7 @@ from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import find_prunable
 from lightning_prune.passes.batches import batch_size, take_samples
 from lightning_prune.passes.isolation import evaluating
-from lightning_prune.refit import obs_prices
+from lightning_prune.refit import check_priced
 from lightning_prune.saliency import Likelihood, SaliencyAccumulator
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
@@ -280,9 +280,14 @@ def check_prices(
     samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
     with isolate_rng():
         try:
-            obs_prices(module, {}, names, [samples], forward=forward, likelihood=likelihood)
+            uncalled = check_priced(module, names, samples, forward=forward, likelihood=likelihood)
         except ValueError as error:
             raise PruningSetupError(str(error)) from error
+    if uncalled:
+        rank_zero_warn(
+            f"The first samples called none of the layers of {uncalled}. If no sample does, they "
+            "have no price, and no event can come: leave them out with `exclude=[...]`."
+        )
 
 
 def peek_batch(trainer: Trainer, loaders: Any) -> Any:

@@ -51,7 +51,7 @@ class Refitter:
 
     def __post_init__(self) -> None:
         """Have a first look taken at the batches."""
-        self.scorer.calibrates = self.method is not None
+        self.scorer.refit = self.method
 
     def prices(
         self,

@@ -39,6 +39,8 @@ from lightning_prune.callbacks.scoring import (
 from lightning_prune.callbacks.step_inputs import StepInputs
 from lightning_prune.passes.batches import batch_size, default_forward, take_samples
 from lightning_prune.passes.isolation import evaluating
+from lightning_prune.passes.outputs import check_classes
+from lightning_prune.refit import Refit
 from lightning_prune.selection import Criterion
 
 CALIBRATION_SAMPLES = 4096
@@ -63,7 +65,7 @@ class Scorer:
     def __init__(self, options: ScoringOptions, loader: Any = None) -> None:
         self.options = options
         self.loader = loader
-        self.calibrates = False  # for a refit, which needs batches whatever the criterion does
+        self.refit: Refit | None = None  # which needs batches whatever the criterion does
         self.checked = False
         self.step_inputs = StepInputs()
         self._names: list[str] = []
@@ -88,7 +90,7 @@ class Scorer:
         """
         self._names = names
         self._scored, self._priced = criterion.needs_scores, criterion.needs_prices
-        self.checked = idle or not (self._scored or self._priced or self.calibrates)
+        self.checked = idle or not (self._scored or self._priced or self.refit)
         self.step_inputs.done = self.checked or self.options.forward is not None
 
     def look(self, module: LightningModule, batch: Any) -> None:
@@ -102,7 +104,9 @@ class Scorer:
             elif not self._scored:
                 samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
                 with torch.no_grad(), evaluating(module), isolate_rng():
-                    forward(module, samples)
+                    logits = forward(module, samples)
+                if self.refit != "layers" and likelihood == "categorical":
+                    check_classes(logits)
             else:
                 preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
         self.checked = True

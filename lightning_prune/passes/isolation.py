@@ -70,6 +70,21 @@ def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch from running an encoder layer as one operation, and on nested (unpadded) tensors.
+
+    In eval mode without gradients it does so, and submodules then see inputs that have no shape, or
+    are not called at all.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
 def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[None]:
     """Put every submodule in eval mode for a block; each gets its own mode back after it.
 

@@ -4,13 +4,14 @@ from lightning_prune.refit.calibration import Calibration, hold_out
 from lightning_prune.refit.gauss_newton import refit_outputs
 from lightning_prune.refit.layerwise import refit_layers
 from lightning_prune.refit.method import Refit, refit_method, refit_survivors
-from lightning_prune.refit.obs import obs_prices
+from lightning_prune.refit.obs import check_priced, obs_prices
 from lightning_prune.refit.report import RefitReport
 
 __all__ = [
     "Calibration",
     "Refit",
     "RefitReport",
+    "check_priced",
     "hold_out",
     "obs_prices",
     "refit_layers",

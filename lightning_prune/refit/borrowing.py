@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_prune.passes.isolation import eager, evaluating, own_randomness
+from lightning_prune.passes.isolation import eager, evaluating, own_randomness, plain_attention
 
 
 @contextmanager
@@ -34,6 +34,7 @@ def borrowed(model: nn.Module, *, derivatives: Literal[0, 1, 2] = 0) -> Iterator
         stack.enter_context(evaluating(model, differentiable=derivatives == 1))
         stack.enter_context(own_randomness(device, "refit"))
         stack.enter_context(eager())
+        stack.enter_context(plain_attention())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(derivatives > 0))
         stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.passes.batches import batch_size
+from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration, Likelihood
 from lightning_prune.refit.merging import merge_batches
@@ -59,6 +60,7 @@ class Output:
             on, off = F.logsigmoid(reference), F.logsigmoid(-reference)
             kl = on.exp() * (on - F.logsigmoid(z)) + off.exp() * (off - F.logsigmoid(-z))
             return kl.sum()
+        check_classes(logits)
         log_p = reference.log_softmax(1)
         return (log_p.exp() * (log_p - z.log_softmax(1))).sum()
 

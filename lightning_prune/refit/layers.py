@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ class Layer:
     def bias_name(self) -> str:
         """The full name that the bias has or would have."""
         return self.name.removesuffix("weight") + "bias"
+
+
+UNCALLED = "was not called in a forward pass"
+"""How the reason ends for a layer that other inputs may yet call."""
 
 
 class _Enough(BaseException):
@@ -105,7 +109,7 @@ def watching(
 
 
 def find_layers(
-    model: nn.Module, names: Sequence[str], run: Run
+    model: nn.Module, names: Sequence[str], runs: Iterable[Run]
 ) -> tuple[list[Layer], dict[str, str]]:
     """Sort out which of ``names`` are weights of layers that least squares can read.
 
@@ -114,42 +118,64 @@ def find_layers(
     Args:
         model: The model.
         names: Full names of parameters.
-        run: A forward pass of the model on one batch.
+        runs: Forward passes of the model, one a batch; as many are made as it takes for all layers
+            to be called (the first alone, unless inputs choose their layers).
 
     Returns:
         The layers in the order in which they are first called, and name -> why it is not among
         them.
     """
     layers, left = _candidates(model, names)
-    order: list[nn.Module] = []
-    misfits: set[nn.Module] = set()
-
-    def see(module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        if not order.count(module) and not _fits(layers[module], inputs, outputs):
-            misfits.add(module)
-        order.append(module)
-
-    uses = _Uses({id(p): layer for layer in layers.values() for p in _parameters(layer)})
-    with own_randomness(device_of(model), "refit", 0), ExitStack() as stack:
-        for module in layers:
-            stack.callback(module.register_forward_pre_hook(uses.enter).remove)
-            stack.callback(module.register_forward_hook(uses.leave).remove)
-        with watching(layers, see), uses:
-            run()
+    called, misfits, elsewhere = _observe(model, layers, runs)
     found = []
-    for module in dict.fromkeys([*order, *layers]):
+    for module in dict.fromkeys([*called, *layers]):
         layer = layers[module]
         kind = type(module).__name__
-        if layer.name in uses.elsewhere:
+        if layer.name in elsewhere:
             left[layer.name] = f"its {kind}'s parameters are also used outside of its forward"
-        elif module not in order:
-            left[layer.name] = f"its {kind} was not called in a forward pass"
+        elif module not in called:
+            left[layer.name] = f"its {kind} {UNCALLED}"
         elif module in misfits:
             left[layer.name] = f"the output of its {kind} is not its inputs times its weight"
         else:
-            calls = order.count(module)
-            found.append(Layer(layer.name, layer.module, layer.weight, layer.bias, calls))
+            found.append(replace(layer, calls=called[module]))
     return found, left
+
+
+def _observe(
+    model: nn.Module, layers: dict[nn.Module, Layer], runs: Iterable[Run]
+) -> tuple[dict[nn.Module, int], set[nn.Module], set[str]]:
+    """Run until all layers were called, and return what was seen of them.
+
+    Returns:
+        Module -> how often the first pass that calls it does; the modules whose output is not their
+        columns times their weight; the weights that something else reads, too.
+    """
+    called: dict[nn.Module, int] = {}
+    now: dict[nn.Module, int] = {}  # in the present pass
+    misfits: set[nn.Module] = set()
+
+    def see(module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        if module not in {**called, **now} and not _fits(layers[module], inputs, outputs):
+            misfits.add(module)
+        now[module] = now.get(module, 0) + 1
+
+    uses = _Uses({id(p): layer for layer in layers.values() for p in _parameters(layer)})
+    with ExitStack() as stack:
+        for module in layers:
+            stack.callback(module.register_forward_pre_hook(uses.enter).remove)
+            stack.callback(module.register_forward_hook(uses.leave).remove)
+        stack.enter_context(watching(layers, see))
+        stack.enter_context(uses)
+        for index, run in enumerate(runs):
+            with own_randomness(device_of(model), "refit", index):
+                run()
+            for module, times in now.items():
+                called.setdefault(module, times)
+            now.clear()
+            if len(called) == len(layers):
+                break
+    return called, misfits, uses.elsewhere
 
 
 def _parameters(layer: Layer) -> list[nn.Parameter]:
@@ -204,7 +230,8 @@ def _fits(layer: Layer, inputs: Tensor, outputs: Any) -> bool:
         if layer.bias is not None:
             b = as_rows(layer.module, layer.bias.detach()).to(a).mT
             expected, scale = expected + b, scale + b.abs()
-        tolerance = torch.finfo(layer.weight.dtype).eps ** 0.5
+        coarsest = max(torch.finfo(v.dtype).eps for v in (layer.weight, outputs))
+        tolerance = coarsest**0.5  # of an output that autocast has rounded, that of its dtype
         near = (z - expected).abs() <= tolerance * scale.clamp_min(1e-30)
         if not bool((near | ~torch.isfinite(scale)).all()):  # what is not finite is judged later
             return False

@@ -89,8 +89,8 @@ def refit_layers(
     with borrowed(model), _all_or_nothing(model, masks):
         fit = [outside_inference_mode(batch) for batch in calibration.fitted_to]
         checks = [outside_inference_mode(batch) for batch in calibration.held_out]
-        run = partial(calibration.forward, model, fit[0])
-        layers, left = find_layers(model, list(masks), run)
+        runs = (partial(calibration.forward, model, batch) for batch in fit)
+        layers, left = find_layers(model, list(masks), runs)
         report.left.update(left)
         for layer in layers:
             try:

@@ -64,7 +64,9 @@ def ridged(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
         (tensor([[2., 0.], [0., 4.]]), 1.0)
     """
     added = ridge * float(gram.diagonal().mean())
-    return gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), added
+    ridged_gram = gram.clone()
+    ridged_gram.diagonal().add_(added)
+    return ridged_gram, added
 
 
 def supports(keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,7 +182,10 @@ def _coupled(gram: Tensor) -> Tensor:
 
 
 def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return matrix.index_select(0, rows).index_select(1, columns)
+    """Return the entries at increasing indices; the matrix itself if these are all of them."""
+    if len(rows) < matrix.shape[0]:
+        matrix = matrix.index_select(0, rows)
+    return matrix.index_select(1, columns) if len(columns) < matrix.shape[1] else matrix
 
 
 def _indices(support: Tensor) -> tuple[Tensor, Tensor]:

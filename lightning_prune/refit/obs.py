@@ -24,8 +24,8 @@ from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.columns import Linear, as_rows, groups
 from lightning_prune.refit.elimination import elimination_costs
 from lightning_prune.refit.gram import Moments
-from lightning_prune.refit.layers import Layer, find_layers, watching
-from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridge_for, ridged
+from lightning_prune.refit.layers import UNCALLED, Layer, find_layers, watching
+from lightning_prune.refit.least_squares import check_ridge, inverse_diagonals, ridge_for
 from lightning_prune.refit.output_saliency import output_saliency
 
 GRAM_BYTES = 256 * 2**20
@@ -120,7 +120,7 @@ def obs_prices(
     with torch.inference_mode(False):
         batches = [outside_inference_mode(batch) for batch in batches]
     with borrowed(model):
-        layers, left = find_layers(model, names, partial(forward, model, batches[0]))
+        layers, left = find_layers(model, names, (partial(forward, model, b) for b in batches))
     _raise_left(left)
     with borrowed(model, derivatives=1):
         saliency = output_saliency(model, layers, batches, forward, likelihood, temperature)
@@ -131,6 +131,32 @@ def obs_prices(
             s = saliency[layer.name] / samples
             prices[layer.name] = _price(layer, moments, keep, s, ridge, one_by_one)
     return {name: prices[name] for name in names}
+
+
+def check_priced(
+    model: nn.Module, names: list[str], batch: Any, *, forward: Forward, likelihood: Likelihood
+) -> list[str]:
+    """Raise what :func:`obs_prices` would raise of such a batch, without the work of the prices.
+
+    Args:
+        model: As for :func:`obs_prices`, like the other arguments.
+        names: Full names of the weights to price.
+        batch: Few samples will do.
+        forward: ``forward(model, batch) -> logits``.
+        likelihood: How the logits are read.
+
+    Returns:
+        The names whose layers these samples have not called. Others may.
+    """
+    with torch.inference_mode(False):
+        batch = outside_inference_mode(batch)
+    with borrowed(model):
+        layers, left = find_layers(model, names, [partial(forward, model, batch)])
+    uncalled = [name for name, why in left.items() if why.endswith(UNCALLED)]
+    _raise_left({name: why for name, why in left.items() if name not in uncalled})
+    with borrowed(model, derivatives=1):
+        output_saliency(model, layers, [batch], forward, likelihood)
+    return uncalled
 
 
 def _raise_left(left: dict[str, str]) -> None:
@@ -200,14 +226,15 @@ def _price(
             f"Expected finite inputs of the layer of {layer.name!r} to price its weights by, but "
             "they contain NaN or infinity. Nothing was pruned by them."
         )
-    found = torch.zeros_like(w)
-    for g in range(gram.shape[0]):
-        if float(gram[g].diagonal().sum()) > 0:  # without any input no weight of it matters
-            solvable = ridged(gram[g], ridge)[0]
-            if one_by_one:
-                found[g] = elimination_costs(solvable, w[g], kept[g]) * s[g]
-                continue
-            price = w[g].square() * s[g] / inverse_diagonals(solvable, kept[g])
-            found[g] = torch.where(kept[g], price, torch.zeros_like(price))
+    means = gram.diagonal(dim1=1, dim2=2).mean(1)
+    kept = kept & (means > 0)[:, None, None]  # without any input no weight of a group matters
+    # In place: nothing else is read from a matrix that may be the largest thing in memory.
+    gram.diagonal(dim1=1, dim2=2).add_(torch.where(means > 0, ridge * means, 1.0)[:, None])
+    if one_by_one:
+        found = elimination_costs(gram, w, kept)
+    else:
+        diagonals = torch.stack([inverse_diagonals(h, k) for h, k in zip(gram, kept, strict=True)])
+        found = torch.where(kept, w.square() / diagonals, 0.0)
+    found = found * s
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     return found.reshape(layer.weight.shape).to(layer.weight.device, dtype)

@@ -19,6 +19,7 @@ from lightning_prune._types import Forward
 from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import derived_seed, own_randomness
+from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit.borrowing import device_of
 from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.layers import Layer, watching
@@ -53,7 +54,7 @@ def output_saliency(
         Name of the layer's weight -> (D_out,) float64, in probability^2 per pre-activation^2.
 
     Raises:
-        ValueError: The logits have no class axis.
+        ValueError: Categorical logits without at least 2 classes on axis 1.
         NonFiniteScoresError: Logits are NaN or infinite.
         SaliencyError: A layer has no gradient path to the logits.
     """
@@ -118,9 +119,11 @@ def _forward(
 def _squares_by_row(layer: Layer, gradient: Tensor) -> tuple[Tensor, int]:
     """Return the squares of an output gradient summed over samples and positions, and their number.
 
-    The positions of a sample are summed as the gradient lies in memory and in its own precision;
-    samples in float64, where there is such a thing.
+    The positions of a sample are summed as the gradient lies in memory and in its own precision, at
+    least float32 (a square below 6e-8 is 0 in float16); samples in float64, where there is such a
+    thing.
     """
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     device = torch.device("cpu") if gradient.device.type == "mps" else gradient.device
     if isinstance(layer.module, nn.Linear):
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -145,11 +148,7 @@ def _directions(
     z = z if likelihood == "gaussian" else z / temperature
     generator = torch.Generator().manual_seed(derived_seed("output saliency", index))
     if likelihood == "categorical":
-        if z.ndim < 2:
-            raise ValueError(
-                "Expected logits of shape (N, C) or (N, C, ...) for likelihood='categorical', but "
-                f"got {tuple(z.shape)}. For one logit an output use likelihood='bernoulli'."
-            )
+        check_classes(z)
         p = z.softmax(1)
         classes = p.detach().transpose(0, 1).flatten(1).sum(1).topk(min(MOST_CLASSES, p.shape[1]))
         for y in classes.indices.tolist():

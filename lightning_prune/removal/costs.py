@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.passes.isolation import eager, evaluating
+from lightning_prune.passes.isolation import eager, evaluating, plain_attention
 from lightning_prune.removal.calls import answer, resized
 
 
@@ -123,13 +123,8 @@ def _density(tensor: Tensor) -> float:
 @contextmanager
 def _every_product_visible() -> Iterator[None]:
     """Keep torch from fusing attention and encoder layers into operations that nobody can count."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with plain_attention(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

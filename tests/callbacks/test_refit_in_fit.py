@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_prune import Rewind, SaliencyPruningCallback
@@ -345,3 +346,52 @@ def test_the_record_says_how_many_samples_priced_the_weights() -> None:
     pruner = SaliencyPruningCallback({0: 0.5}, criterion="obs")
     fit(pruner)
     assert pruner.history[0]["samples"] == len(loaders()[1].dataset)
+
+
+class Single(Digits):
+    """One logit, as for a yes or no."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, :1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"criterion": "obc"}, {"criterion": "magnitude", "refit": "outputs"}],
+)
+def test_one_logit_is_refused_before_the_first_step(how: dict[str, Any]) -> None:
+    model = Single()
+    with pytest.raises(ValueError, match=r"at least 2 classes.*'bernoulli'"):
+        fit(SaliencyPruningCallback({0: 0.5}, **how), model=model)
+    assert model.steps == 0
+    fit(SaliencyPruningCallback({0: 0.5}, likelihood="gaussian", **how), model=Single())
+
+
+def test_a_layerwise_refit_needs_no_classes() -> None:
+    pruner = SaliencyPruningCallback({0: 0.5}, criterion="magnitude", refit="layers")
+    fit(pruner, model=Single())
+    assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_layers_that_the_first_samples_do_not_choose_are_warned_of() -> None:
+    class Routed(Digits):
+        """Two samples, as a first look takes them, go another way than a batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if len(x) <= 2 else self.net(x) + self.other(x)
+
+    pruner = SaliencyPruningCallback({0: 0.5}, criterion="obc")
+    with warnings_of(r"called none of the layers of \['other.weight'\]"):
+        fit(pruner, model=Routed())
+    assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)

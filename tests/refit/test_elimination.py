@@ -48,6 +48,7 @@ def slow_costs(gram: Tensor, w: Tensor, keep: Tensor) -> Tensor:
         i = min(losses, key=losses.__getitem__)
         highest = max(highest, losses[i] - before)
         costs[i], before = highest, losses[i]
+        highest *= elimination.LATER
         removed.append(i)
     return costs
 
@@ -60,14 +61,39 @@ def test_each_costs_what_its_step_does(
     monkeypatch.setattr(elimination, "ROWS", rows_at_once)
     gram, w, keep = problem(7, 9, density)
     expected = torch.stack([slow_costs(gram, row, kept) for row, kept in zip(w, keep, strict=True)])
-    torch.testing.assert_close(elimination_costs(gram, w, keep), expected, rtol=1e-8, atol=1e-10)
+    found = elimination_costs(gram[None], w[None], keep[None])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_groups_are_taken_apart_at_once_by_their_own_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(elimination, "MOST_SURVIVORS", 5)
+    parts = [problem(6, 9, 0.5) for _ in range(3)]
+    grams, w, keep = (torch.stack(part) for part in zip(*parts, strict=True))
+    alone = [elimination_costs(g[None], v[None], k[None]) for g, v, k in parts]
+    torch.testing.assert_close(
+        elimination_costs(grams, w, keep), torch.cat(alone), rtol=1e-12, atol=0
+    )
+
+
+def test_float32_keeps_the_order_of_the_turns() -> None:
+    """Also where cheaper steps follow a costly one, as among inputs that are much alike."""
+    a = torch.randn(50, 1, dtype=torch.float64) + 0.05 * torch.randn(50, 8, dtype=torch.float64)
+    gram, w = a.mT @ a, torch.randn(20, 8, dtype=torch.float64)
+    keep = torch.ones(20, 8, dtype=torch.bool)
+    slow = torch.stack([slow_costs(gram, *row) for row in zip(w, keep, strict=True)])
+    found = elimination_costs(gram[None], w[None], keep[None])[0].float()
+    assert torch.equal(found.argsort(dim=1), slow.argsort(dim=1))
+    rises = slow.sort(dim=1).values
+    assert bool((rises[:, 1:] < 1.00001 * rises[:, :-1]).any())  # there were such steps
 
 
 def test_long_rows_have_each_weights_own_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elimination, "MOST_SURVIVORS", 4)
     gram, w, keep = problem(30, 9, 0.5)
     own = torch.where(keep, w.square() / inverse_diagonals(gram, keep), 0.0)
-    found, long = elimination_costs(gram, w, keep), keep.sum(1) > 4
+    found, long = elimination_costs(gram[None], w[None], keep[None])[0], keep.sum(1) > 4
     assert 0 < int(long.sum()) < 30
     torch.testing.assert_close(found[long], own[long], rtol=0, atol=0)
     assert bool((found[~long] > own[~long] + 1e-3).any())

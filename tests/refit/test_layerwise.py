@@ -510,6 +510,6 @@ def test_the_pass_that_finds_the_layers_sees_their_order() -> None:
     model = Backwards()
     with borrowed(model):
         names = ["second.weight", "first.weight"]
-        found, left = layers_module.find_layers(model, names, lambda: model(torch.ones(2, 4)))
+        found, left = layers_module.find_layers(model, names, [lambda: model(torch.ones(2, 4))])
     assert [layer.name for layer in found] == ["first.weight", "second.weight"]
     assert left == {}

@@ -381,3 +381,108 @@ def test_layers_that_do_not_fit_at_once_get_the_same_prices(
     assert len(passes) - count == count + 4  # two more layers, two batches
     for name in names:
         assert torch.equal(at_once[name], apart[name])
+
+
+def test_one_logit_has_no_probability_that_could_move() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 classes.*\(5, 1\).*'bernoulli'"):
+        obs_prices(nn.Linear(3, 1), {}, ["weight"], [torch.randn(5, 3)])
+
+
+def test_small_output_saliencies_survive_half_precision() -> None:
+    model = convnet().double()
+    model[-1].weight.data.mul_(1e-4)  # squares of its gradients are below what float16 can hold
+    names = [name for name, p in model.named_parameters() if p.ndim > 1]
+    x = torch.randn(9, 2, 4, 4, dtype=torch.float64)
+    exact = obs_prices(model, {}, names, [x], ridge=0.1)
+    half = obs_prices(copy.deepcopy(model).half(), {}, names, [x.half()], ridge=0.1)
+    for name in names:
+        limit = 1e-3 * float(exact[name].max())
+        torch.testing.assert_close(half[name].double(), exact[name], rtol=0.1, atol=limit)
+
+
+class Padded(nn.Module):
+    """Half of the samples have padding, which torch packs away in eval mode without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[::2, 3:] = True
+        return self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_batches_reach_the_layers_as_they_are() -> None:
+    model, x = Padded().eval(), torch.randn(12, 5, 8)
+    names = [n for n, p in model.named_parameters() if p.ndim > 1 and "self_attn" not in n]
+    prices = obs_prices(model, {}, names, [x])
+    assert torch.backends.mha.get_fastpath_enabled()
+    layers = [name for name in names if float(prices[name].sum()) > 0]
+    assert layers == names
+    masks = {n: torch.rand(model.get_parameter(n).shape) > 0.5 for n in names}
+    calibration = Calibration(Teacher.of(model), [x], [])
+    for name, mask in masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    assert refit_layers(model, masks, calibration).refitted
+
+
+def test_a_model_that_autocasts_itself_has_prices() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.net(x).float()
+
+    model, x = Casting().eval(), torch.randn(40, 6)
+    names = ["net.0.weight", "net.2.weight"]
+    found = obs_prices(model, {}, names, [x])
+    plain = obs_prices(model.net, {}, ["0.weight", "2.weight"], [x])
+    for name in names:
+        torch.testing.assert_close(found[name], plain[name[4:]], rtol=0.1, atol=1e-3)
+
+
+class Experts(nn.Module):
+    """The sign of its first input chooses the layer of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            if (mine := (x[:, 0] > 0) == bool(i)).any():
+                logits = logits.masked_scatter(mine[:, None], expert(x[mine]))
+        return logits
+
+
+def test_layers_that_the_first_samples_do_not_choose_have_prices() -> None:
+    model, x = Experts(), torch.randn(60, 6)
+    x = x[x[:, 0].argsort()]
+    batches, names = list(x.split(10)), ["experts.0.weight", "experts.1.weight"]
+    assert obs_module.check_priced(
+        model, names, batches[0], forward=lambda m, b: m(b), likelihood="categorical"
+    ) == ["experts.1.weight"]
+    found = obs_prices(model, {}, names, batches)
+    for name, mine in zip(names, (x[:, 0] <= 0, x[:, 0] > 0), strict=True):
+        expert = model.get_submodule(name.rpartition(".")[0])
+        # Alone it has fewer samples, so another temperature and ridge, and its own mean over them.
+        settings = {"temperature": 4 - 60 / 1000, "ridge": 3 / int(mine.sum())}
+        alone = obs_prices(expert, {}, ["weight"], [x[mine]], **settings)["weight"]
+        torch.testing.assert_close(found[name] * 60, alone * int(mine.sum()), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match=r"experts.1.weight': its Linear was not called"):
+        obs_prices(model, {}, names, [batches[0]])
+
+
+def test_the_first_look_makes_no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obs_module.Moments, "empty", lambda *_, **__: pytest.fail("a matrix"))
+    look = {"forward": lambda m, b: m(b), "likelihood": "categorical"}
+    assert obs_module.check_priced(mlp(), ["0.weight"], torch.randn(2, 6), **look) == []
+    with pytest.raises(NonFiniteScoresError):
+        obs_module.check_priced(mlp(), ["0.weight"], torch.full((2, 6), torch.nan), **look)
