@@ -62,13 +62,14 @@ def _orders() -> dict[str, list[str]]:
     first, rest = ["taylor", "magnitude-global", "obs"], list(arms.CRITERIA_NAMES)
     rest = [criterion for criterion in rest if criterion not in first]
     plain = [*first, *(f"{criterion}+layers" for criterion in first)]
-    outputs = ["obs+layers+outputs", "obs+outputs", "taylor+outputs"]
+    outputs = ["obs+layers+outputs", "obs+outputs", "obc+outputs", "taylor+outputs"]
     shifted = ["obs+outputs+shifts", "obs+layers+shifts", "taylor+outputs+shifts"]
     late = [*rest, *(f"{criterion}+layers" for criterion in rest)]
     distilled = [f"{arm}+distill" for arm in plain]
     late_distilled = [f"{arm}+distill" for arm in late]
     ablations = [arm for arm in RECIPE if arm != "recipe"]
-    firsts = ["obs+outputs+first", "obs+layers+first", "obs+outputs+shifts+first"]
+    firsts = [f"{arm}+first" for arm in ("obs+outputs", "obs+layers", "obc+outputs")]
+    firsts.append("obs+outputs+shifts+first")
     return {
         "no-retraining": [*plain, *outputs, *shifted, *late],
         "fine-tuned": [
@@ -260,6 +261,10 @@ def units(
 def _says_something(unit: Unit) -> bool:
     """Return whether a network has what an arm is about."""
     subject = subjects.SUBJECTS[unit.network]
+    if unit.network.startswith("LeNet") and unit.family == "fine-tuned" and "+" in unit.arm:
+        arm = arms.Arm.named(unit.arm)
+        if arm.layers != arm.distill and not arm.first:
+            return False  # together only: what each is worth alone, the small networks show
     if unit.family == units_removed.FAMILY:
         return unit.network in units_removed.NETWORKS
     if "shifts" in unit.arm:  # copies like those that the dense network was trained on

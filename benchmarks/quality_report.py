@@ -17,8 +17,8 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import quality_arms as arms
 from benchmarks.quality import ROWS, read_rows, units
-from benchmarks.quality_arms import CRITERIA_NAMES
 from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
 from benchmarks.quality_statistics import Estimate, Row, Table, estimate
@@ -41,13 +41,12 @@ LABELS = {
     "recipe": "recipe",
     "recipe-distill": "recipe + distillation",
     "recipe-layers": "recipe + layers",
+    "recipe-no-decay": "recipe without decay",
+    "recipe-one-shot": "recipe in one shot",
     "recipe-no-batch-norm": "recipe without batch norm's new statistics",
-    "recipe-obc": "recipe by OBC",
-    "recipe-fisher": "recipe by w² Fisher",
+    "recipe-obs": "recipe by OBS",
     "recipe-taylor": "recipe by w² R",
-    "recipe-taylor-distill": "recipe by w² R + distillation",
-    "recipe-taylor-no-decay": "recipe by w² R without decay",
-    "recipe-taylor-one-shot": "recipe by w² R in one shot",
+    "recipe-fisher": "recipe by w² Fisher",
     "unit-magnitude": "\\|w\\|, units",
     "unit-taylor": "w² R, units",
     "torch-pruning-magnitude": "torch-pruning, magnitude",
@@ -117,7 +116,7 @@ def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 def order(arm: str) -> tuple[int, int, str]:
     """Sort arms: criteria as the package has them, each with its variants; then the others."""
     base = arm.split("+", maxsplit=1)[0]
-    known = [*reversed(CRITERIA_NAMES), *LABELS]
+    known = [*reversed(arms.CRITERIA_NAMES), *LABELS]
     return known.index(base) if base in known else len(known), arm.count("+"), arm
 
 
@@ -174,8 +173,8 @@ def off_target(table: Table) -> str:
 
 def unmeasured(table: Table, network: str, family: str) -> str:
     """Return a line on arms without any row."""
-    arms = {unit.arm for unit in units([network], 1, [family], ["*"])}
-    gaps = sorted(arms - set(table.accuracies), key=order)
+    planned = {unit.arm for unit in units([network], 1, [family], ["*"])}
+    gaps = sorted(planned - set(table.accuracies), key=order)
     return f"Not measured: {', '.join(map(label, gaps))}.\n" if gaps else ""
 
 
@@ -240,13 +239,45 @@ def targets(table_of: Callable[[str, str], Table]) -> str:
     )
 
 
+def parts_of_the_recipe(tables: dict[str, Table]) -> str:
+    """Return what changes when a part of the recipe is other than by default, network by network.
+
+    Args:
+        tables: Those of the fine-tuned arms, by network.
+    """
+    lines = []
+    for network, table in tables.items():
+        for arm in sorted((a for a in table.accuracies if a.startswith("recipe-")), key=order):
+            found = [table.against(arm, share, "recipe") for share in arms.TARGETS]
+            cells = [cell(e, sign=True) + mark(e) for e in found]
+            lines.append([f"{network}: {label(arm)}", *cells])
+    return markdown(["", *map(percent, arms.TARGETS)], lines)
+
+
+def above_the_recipe(tables: dict[str, Table]) -> str:
+    """Return the arms that are better than the recipe by an interval that excludes 0."""
+    lines = []
+    for network, table in tables.items():
+        line = [network]
+        for share in arms.TARGETS:
+            found = {arm: table.against(arm, share, "recipe") for arm in table.accuracies}
+            sure = {arm: gap for arm, gap in found.items() if gap and gap.above_zero}
+            ordered = sorted(sure, key=lambda arm: -sure[arm].mean)
+            line.append("; ".join(f"{label(arm)} {cell(sure[arm], sign=True)}" for arm in ordered))
+        lines.append(line)
+    return markdown(["", *map(percent, arms.TARGETS)], lines)
+
+
 def write(rows: Iterable[Row], page: Path) -> None:
     """Write the page and, beside it, its pictures."""
     rows = list(rows)
     tables = {n: {f: Table.of(rows, f, n) for f in TITLES} for n in SUBJECTS}
     measured = [n for n in SUBJECTS if any(t.accuracies for t in tables[n].values())]
+    tuned = {n: tables[n]["fine-tuned"] for n in measured if tables[n]["fine-tuned"].accuracies}
     parts = {
         "count": f"{len(rows):,}",
+        "recipe_parts": parts_of_the_recipe(tuned),
+        "recipe_losses": above_the_recipe(tuned),
         "targets": targets(lambda family, network: tables[network][family]),
         "networks": "\n".join(section(tables[n], n, page.parent / "images") for n in measured),
     }

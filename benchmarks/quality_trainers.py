@@ -23,18 +23,16 @@ from lightning_prune.callbacks import recipes
 from lightning_prune.masking import find_prunable
 
 MODEL_PRUNING = ("ModelPruning", "ModelPruning-same")
-PLAIN: dict[str, Any] = {"criterion": "taylor"}
 RECIPE: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe-distill": {"distill": 0.5},
     "recipe-layers": {"refit": "layers"},
-    "recipe-obc": {"criterion": "obc"},
+    "recipe-no-decay": {"decay": False},
+    "recipe-one-shot": {"stages": 1},
     "recipe-no-batch-norm": {"batch_norm": False},
-    "recipe-fisher": {**PLAIN, "target": "fisher"},
-    "recipe-taylor": PLAIN,
-    "recipe-taylor-distill": {**PLAIN, "distill": 0.5},
-    "recipe-taylor-no-decay": {**PLAIN, "decay": False},
-    "recipe-taylor-one-shot": {**PLAIN, "stages": 1},
+    "recipe-obs": {"criterion": "obs"},
+    "recipe-taylor": {"criterion": "taylor"},
+    "recipe-fisher": {"criterion": "taylor", "target": "fisher"},
 }
 """Name -> what is other than in ``recipes.best(sparsity, epochs)``."""
 

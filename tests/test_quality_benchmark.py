@@ -195,6 +195,20 @@ def test_the_page_shows_every_cell_and_marks_the_losers(tmp_path):
     assert (tmp_path / "images" / f"quality-{NETWORK}.png").stat().st_size > 1000
 
 
+def test_the_recipe_has_its_parts_and_its_betters_listed(tmp_path):
+    rows = [row("recipe", s, 90.0 + s, lr=1e-3) for s in range(3)]
+    rows += [row("recipe-distill", s, 88.0 + s, lr=1e-3) for s in range(3)]
+    rows += [row("taylor", s, 92.0 + s, lr=1e-3) for s in range(3)]
+    rows += [row("snip", s, 92.0 + 5 * s, lr=1e-3) for s in range(3)]  # better, but not surely
+    page = tmp_path / "quality.md"
+    quality_report.write(rows, page)
+    text = page.read_text()
+    losses = text.split("## Where the recipe loses")[1].split("\n## ")[0]
+    assert f"| {NETWORK} |  | w² R +2.0 ± 0.0 |  |" in losses
+    assert "w g" not in losses
+    assert f"| {NETWORK}: recipe + distillation |  | -2.0 ± 0.0 ▽ |" in text
+
+
 def test_a_table_compares_with_the_dense_network_of_the_same_seed():
     table = Table.of([row("taylor", s, 94.0 + s) for s in range(3)], "fine-tuned", NETWORK)
     gap = table.against("taylor", 0.9, "dense")
@@ -290,6 +304,14 @@ def test_the_batch_norm_part_is_switched_off_where_there_is_one():
         for name, net in networks.items()
         if any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
     }
+
+
+def test_the_large_networks_have_refit_and_distillation_together():
+    wanted = ["obs*", "recipe-layers"]
+    work = list(quality.units(["784-128-10", "LeNet-5"], 1, ["fine-tuned"], wanted))
+    small, large = ({u.arm for u in work if u.network == n} for n in ("784-128-10", "LeNet-5"))
+    assert small - large == {"obs+layers", "obs+distill"}
+    assert {"obs", "obs+layers+distill", "obs+layers+first", "recipe-layers"} < large
 
 
 def test_arms_have_names():

@@ -25,7 +25,7 @@ def best(
     epochs: int,
     *,
     stages: int | None = None,
-    criterion: Any = "obs",
+    criterion: Any = "obc",
     refit: bool | Refit = False,
     distill: bool | float | DistillationCallback = False,
     decay: bool = True,
@@ -46,7 +46,7 @@ def best(
         sparsity: The share of all prunable weights removed in the end, in (0, 1).
         epochs: ``max_epochs`` of the Trainer, at least 2.
         stages: Pruning events; by default one in each of the first two thirds of the epochs.
-        criterion: As for :class:`SaliencyPruningCallback`. ``"obs"`` has prices for linear layers
+        criterion: As for :class:`SaliencyPruningCallback`. ``"obc"`` has prices for linear layers
             and convolutions; with others in the model exclude them, or choose ``"taylor"``.
         refit: As for :class:`SaliencyPruningCallback`.
         distill: The weight of the distillation, False or 0 for none, True for 0.5; or a

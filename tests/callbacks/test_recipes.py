@@ -38,6 +38,7 @@ def test_the_list_has_each_part_that_is_not_switched_off() -> None:
     ]
     assert [type(c) for c in recipes.best(0.9, 12, distill=True)] == kinds
     assert [type(c) for c in recipes.best(0.9, 12)] == [*kinds[:1], *kinds[2:]]
+    assert recipes.best(0.9, 12)[0]._pruner.criterion.name == "obc"
     for off, kind in zip(("distill", "decay", "batch_norm"), kinds[1:], strict=True):
         left = [type(c) for c in recipes.best(0.9, 12, **{"distill": True, off: False})]
         assert left == [k for k in kinds if k is not kind]
