@@ -124,4 +124,4 @@ def _reason(error: Exception) -> str:
         return f"{error} Or give example inputs: `shrink_at_end=inputs`."
     if isinstance(error, (RemovalError, ValueError)):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error!s:.500}"  # torch's may list all that it knows

@@ -59,7 +59,8 @@ def _watching(model: nn.Module, seen: dict[int, Arriving]) -> Iterator[None]:
             return
         x = args[0].detach()
         spatial = len(getattr(module, "kernel_size", ()))
-        x = x.movedim(x.dim() - 1 - spatial, 0).flatten(1)
+        x = x.movedim(x.dim() - 1 - spatial, 0)
+        x = x.reshape(len(x), -1)
         low, high = x.amin(1), x.amax(1)
         past = seen.get(id(module))
         if past is not None:

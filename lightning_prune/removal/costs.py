@@ -153,6 +153,11 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.macs += steps * sum(weight.numel() for weight in weights)
             self.nonzero_macs += steps * sum(_nonzeros(weight) for weight in weights)
             return out
+        if func.name().startswith("aten::_embedding_bag") and args[6:7] and args[6] is not None:
+            macs = args[1].numel() * args[0].shape[1]  # a weighted sum of rows; no formula either
+            self.macs += macs
+            self.nonzero_macs += macs
+            return out
         macs = counter.get_total_flops() / 2
         if macs:
             # A sparse matrix is multiplied by its values only; a dense one by its zeros too.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.passes.batches import batch_size
+from lightning_prune.passes.isolation import plain_attention
 from lightning_prune.removal.calls import answer, arguments, copied, resized
 
 ROUND_OFF = 1e3
@@ -166,7 +167,7 @@ def _prove(
     name = type(model).__name__
     for samples in PROOF_BATCHES if dynamic else [_samples(inputs)]:
         x = resized(inputs, samples)
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():  # the traced way, not torch's fused one
             expected = _tensors(answer(plain, x))
         try:
             with torch.no_grad():
@@ -203,7 +204,14 @@ def _difference(found: Tensor, expected: Tensor) -> str | None:
 
 def _onnx_runner(path: Path) -> Callable[[Any], list[Tensor]]:
     runtime = import_module("onnxruntime")
-    session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            "Expected onnxruntime to load what was exported, but it raised "
+            f"{type(error).__name__}: {error}. Some types, such as bfloat16, it does not compute "
+            "with: export the model in float32, or pass `check=False`."
+        ) from error
     names = [one.name for one in session.get_inputs()]
 
     def run(inputs: Any) -> list[Tensor]:

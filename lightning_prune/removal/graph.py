@@ -226,7 +226,7 @@ class Graph:
 
     def _links(self, module: nn.Module, units: list[int]) -> list[Link]:
         pruner = self._graph.get_pruner_of_module(module)
-        with _bounded(self._largest):
+        with _bounded(self._largest, self._names):
             group = self._graph.get_pruning_group(module, pruner.prune_out_channels, units)
         return [self._link(item) for item in group]
 
@@ -259,15 +259,9 @@ class Graph:
         if link.name in self._kept:
             return f"{link.name}: {self._kept[link.name]}"
         why = layers.obstacle(link.layer)
-        if why is None and isinstance(link.layer, nn.PReLU) and link.layer.num_parameters == 1:
-            return None
         depthwise = self._tp.ops.module2type(link.layer) == self._tp.ops.OPTYPE.DEPTHWISE_CONV
         if why is None and depthwise and not layers.is_depthwise(link.layer):
             why = "it has one output and several inputs a group"
-        if why is None and link.side is not None:
-            size = layers.width(link.layer, link.side)
-            if link.indices.numel() and int(link.indices.max()) >= size:
-                why = "it is coupled by broadcasting"
         return None if why is None else f"{link.name}: {why}"
 
     def _obstacle_of_operation(self, link: Link) -> str | None:
@@ -296,18 +290,24 @@ class Graph:
 
 
 @contextmanager
-def _bounded(most: int) -> Iterator[None]:
-    """End a walk through the graph whose lists of units grow beyond what there is in the model.
+def _bounded(most: int, names: Mapping[int, str]) -> Iterator[None]:
+    """End a walk through the graph that leads to units that there are not.
 
-    Where a tensor is put beside its own flattened form, torch-pruning takes units for one another
-    back and forth, with more of them each time, and would not stop.
+    Where a tensor meets its own flattened form, or a slice of itself, torch-pruning takes units for
+    one another back and forth, with more or higher numbers each time, and would not stop.
     """
     groups = importlib.import_module("torch_pruning.dependency.group").Group
     add = groups.add_dep
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> None:
-        if len(idxs) > most:
-            raise ValueError("following it finds more units than the model has numbers")
+        layer, limit = dep.target.module, most
+        if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
+            pass  # its slope is that of all channels
+        elif id(layer) in names and isinstance(layer, layers.KNOWN):
+            inputs = dep.handler.__name__.startswith("prune_in")
+            limit = layers.width(layer, "inputs" if inputs else "outputs")
+        if len(idxs) > most or any(index.idx >= limit for index in idxs):
+            raise ValueError("its units are coupled among themselves, or by broadcasting")
         add(group, dep, idxs)
 
     groups.add_dep = add_dep

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.removal.outcome import RemovalReport
 
@@ -33,7 +33,9 @@ def carry_optimizer(
         report: And the report with it.
 
     Raises:
-        ValueError: The optimizer holds parameters that the model does not have.
+        ValueError: The optimizer holds parameters that the model does not have, or it keeps
+            something of a cut parameter in another shape than the parameter's (Adafactor), or of
+            all parameters together (LBFGS).
 
     Example:
         >>> import torch
@@ -46,6 +48,11 @@ def carry_optimizer(
         >>> [tuple(p.shape) for p in carried.param_groups[0]["params"]]
         [(3, 4), (3,), (2, 3), (2,)]
     """
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "Expected an optimizer that keeps its state parameter by parameter, but got LBFGS, "
+            "whose history is of all parameters together. Make a new one of the smaller model's."
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = sum(id(parameter) not in names for parameter in held)
@@ -64,10 +71,22 @@ def carry_optimizer(
     ]
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
+        if present[name].shape != parameter.shape:
+            _refuse_other_shapes(optimizer, parameter, state)
         carried.state[present[name]] = {
             key: _cut(value, parameter, name, report) for key, value in state.items()
         }
     return carried
+
+
+def _refuse_other_shapes(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+            raise ValueError(
+                f"Expected an optimizer that keeps its state in the shape of the parameters, but "
+                f"{type(optimizer).__name__} keeps {key!r} {tuple(value.shape)} of one that is "
+                f"{tuple(parameter.shape)} and was cut. Make a new one of the smaller model's."
+            )
 
 
 def _carried_group(

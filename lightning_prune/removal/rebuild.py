@@ -58,7 +58,8 @@ def load_shrunk(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         The same ``model``.
 
     Raises:
-        RemovalError: The file is of another kind, or of another model.
+        RemovalError: The file is of another kind, or of another model as far as names and shapes
+            tell: every width has to be at least the saved one.
 
     Example:
         >>> import tempfile
@@ -115,6 +116,14 @@ def _check_names(
         f"the model has no attention of {each['dense_heads']} heads {name!r}"
         for name, each in heads.items()
         if getattr(modules.get(name), "num_heads", None) != each["dense_heads"]
+    ]
+    faults += [
+        f"{name!r} has {attribute} {size} in the file, but {getattr(modules[name], attribute)} in "
+        "the model, which should be the larger one"
+        for name, saved in sizes.items()
+        if name in own
+        for attribute, size in saved.items()
+        if attribute != "groups" and size > getattr(modules[name], attribute)
     ]
     inside = tuple(f"{name}.".lstrip(".") for name in (*sizes, *heads))
     for name, tensor in model.state_dict().items():

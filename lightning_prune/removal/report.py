@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.passes.isolation import evaluating, own_randomness, plain_attention
 from lightning_prune.removal.calls import answer, resized
 from lightning_prune.removal.costs import Costs, measure_costs
 from lightning_prune.removal.latency import Latency, interleaved
+from lightning_prune.removal.running import tensors_in
 
 BATCH_SIZES = (1, 64)
 """One sample, as a service answers, and a batch, as a job works."""
@@ -180,6 +180,7 @@ def agree(before: nn.Module, after: nn.Module, example_inputs: Any) -> Agreement
 
     Raises:
         ValueError: The outputs have different forms or shapes.
+        RemovalError: A model returns no tensor.
     """
     one, other = _outputs(before, example_inputs), _outputs(after, example_inputs)
     shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (one, other)]
@@ -203,9 +204,14 @@ def agree(before: nn.Module, after: nn.Module, example_inputs: Any) -> Agreement
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), evaluating(model), own_randomness(device, "removal", "agreement"):
-        leaves = pytree.tree_leaves(answer(model, example_inputs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_complex()]
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        own_randomness(device, "removal", "agreement"),
+        plain_attention(),  # torch's fused one puts zeros at padded places, if nothing was changed
+    ):
+        leaves = tensors_in(answer(model, example_inputs), model)
+    return [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
 
 
 def _same_argmax(one: list[Tensor], other: list[Tensor]) -> float | None:

@@ -48,18 +48,27 @@ def tensors_in(output: Any, model: nn.Module) -> list[Tensor]:
     Raises:
         RemovalError: There is none.
     """
-    found = []
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module):
-            found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
+    found = list(_nested(output, set()))
     if not found:
         raise RemovalError(
             f"Expected {type(model).__name__} to return tensors, nested in any way, but got a "
             f"{type(output).__name__} without any. Pass `forward=lambda model, inputs: tensor`."
         )
     return found
+
+
+def _nested(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that torch knows, in other mappings and in objects."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, (nn.Module, type)):
+            seen.add(id(leaf))  # an object may hold itself
+            inner = [*leaf.values()] if isinstance(leaf, Mapping) else []
+            inner += [*leaf] if isinstance(leaf, (list, tuple)) else []
+            inner += [*vars(leaf).values()] if hasattr(leaf, "__dict__") else []
+            for each in inner:
+                yield from _nested(each, seen)
 
 
 @contextmanager
@@ -123,3 +132,60 @@ def _redrawn(inputs: Any, centre: float, width: float) -> Any:
         return leaf.mean() * centre + noise * spread * width
 
     return pytree.tree_map(draw, inputs)
+
+
+def variants(inputs: Any, model: nn.Module, run: Run) -> list[Any]:
+    """Return inputs unlike the example in what no redrawing changes, if the model takes them.
+
+    A mask of ones stays one however it is permuted, and a sum over positions is the same for as
+    many of them: what is a constant for the example need not be one. So a quarter of the integers
+    and bits are drawn anew (none in the first place of the last axis: no sample is masked as a
+    whole), and each size but the batch's is doubled and halved, for two samples. What makes the
+    model fail, or give NaN or infinity, is left out.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    batch = next((len(leaf) for leaf in leaves if leaf.dim()), 0)
+    sizes = {size for leaf in leaves for size in leaf.shape[1:] if size > 1}
+    changes = [(old, new) for old in sorted(sizes) for new in (2 * old, old // 2)]
+    found = [_resized(inputs, batch, old, new) for old, new in changes]
+    if any(not leaf.is_floating_point() for leaf in leaves):
+        found.append(pytree.tree_map(_flipped, inputs))
+    return [each for each in found if _is_taken(each, model, run)]
+
+
+def _is_taken(inputs: Any, model: nn.Module, run: Run) -> bool:
+    try:
+        with torch.no_grad():
+            outputs = run(model, inputs)
+    except Exception:  # noqa: BLE001 (whatever a model does with a size it was not made for)
+        return False
+    return all(bool(output.isfinite().all()) for output in outputs)
+
+
+def _resized(inputs: Any, batch: int, old: int, new: int) -> Any:
+    """Return two samples in which every axis of one size has another."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for axis, size in enumerate(leaf.shape):
+            if axis == 0 and size == batch:
+                leaf = leaf[:2]
+            elif size == old:
+                leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, new)
+        return leaf
+
+    return pytree.tree_map(resize, inputs)
+
+
+def _flipped(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or not leaf.numel():
+        return leaf
+    chosen = torch.rand(leaf.shape) < 0.25
+    if leaf.dim():
+        chosen[..., 0] = False
+    if leaf.dtype == torch.bool:
+        return leaf ^ chosen.to(leaf.device)
+    low, high = min(0, int(leaf.min())), max(1, int(leaf.max()))
+    drawn = torch.randint(low, high + 1, leaf.shape)
+    return torch.where(chosen.to(leaf.device), drawn.to(leaf), leaf)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks
-from lightning_prune.passes.isolation import eager, own_randomness
+from lightning_prune.passes.isolation import eager, own_randomness, plain_attention
 from lightning_prune.removal import attention, layers
 from lightning_prune.removal.constants import observe
 from lightning_prune.removal.control_flow import check_control_flow
@@ -25,7 +25,7 @@ from lightning_prune.removal.dead_units import Plan, plan
 from lightning_prune.removal.graph import Graph, load_torch_pruning
 from lightning_prune.removal.outcome import RemovalReport
 from lightning_prune.removal.proof import COARSE, EXACT, RemovalError, check_rounding, disagreement
-from lightning_prune.removal.running import Run, floats_as, left_alone, probes, runner
+from lightning_prune.removal.running import Run, floats_as, left_alone, probes, runner, variants
 from lightning_prune.removal.surgery import Patient, masked_copy
 
 
@@ -96,6 +96,11 @@ def shrink_with_report(
 ) -> tuple[nn.Module, RemovalReport]:
     """Return what :func:`shrink` returns, and the report; warn of nothing."""
     load_torch_pruning()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RemovalError(
+            "Expected a module of Python, but got a ScriptModule, whose layers cannot be cut. "
+            "Shrink the model that it was made of, and script or trace the result."
+        )
     if round_to < 1 or round_to != int(round_to):
         raise ValueError(f"Expected argument `round_to` to be an int >= 1, but got {round_to!r}.")
     run = runner(forward)
@@ -106,8 +111,10 @@ def shrink_with_report(
         exact = _runs_in_double(masked, example_inputs, run)
         patient = Patient(masked, double=exact)
         own = floats_as(example_inputs, None)
-        given = probes(floats_as(own, torch.float64) if exact else own)
+        example = floats_as(own, torch.float64) if exact else own
+        given = probes(example)
         check_control_flow(patient.model, given, run)
+        given += variants(example, patient.model, run)
         report = RemovalReport(parameters_before=_size(model), exact=exact)
         patient = _Shrinking(patient, given, run, round_to, report).result()
         small = patient.finished(model)
@@ -248,6 +255,7 @@ def _undisturbed() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         eager(),
+        plain_attention(),
         own_randomness(torch.device("cpu"), 0, "shrink"),
     ):
         yield

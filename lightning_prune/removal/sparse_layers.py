@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.passes.isolation import evaluating
+from lightning_prune.passes.isolation import evaluating, plain_attention
 from lightning_prune.removal.calls import Model, answer, copied
 from lightning_prune.removal.latency import Latency, interleaved
 from lightning_prune.removal.report import agree
@@ -248,7 +248,7 @@ def _layer_inputs(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Tens
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), plain_attention():
             answer(model, example_inputs)
     finally:
         for handle in handles:
@@ -293,6 +293,8 @@ def _fault(
 ) -> str | None:
     """Say what is wrong with the model after a conversion: some modules read a layer's weight."""
     try:
+        with torch.no_grad(), evaluating(after):
+            answer(after, example_inputs)  # as it will be called, by torch's fused ways too
         apart = agree(before, after, example_inputs).relative
     except Exception as error:  # noqa: BLE001 - whatever the surrounding module does without it
         return f"the model needs it dense ({type(error).__name__}: {error})"

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lightning_prune import (
     Selection,
     carry_optimizer,
+    compare,
     export_onnx,
     export_program,
     load_shrunk,
     save_shrunk,
     shrink,
     shrink_with_report,
+    sparsify,
 )
 from lightning_prune.masking.apply import zero_removed
 from lightning_prune.removal.attention import FewerHeads
@@ -331,3 +333,62 @@ def test_exported_for_places_without_the_code(tmp_path) -> None:
     with torch.no_grad():
         found = torch.export.load(tmp_path / "small.pt2").module()(inputs)
         torch.testing.assert_close(found, model.eval()(inputs), rtol=1e-4, atol=1e-5)
+
+
+class Padded(nn.Module):
+    """Takes padding, which torch packs away in eval mode without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder(), nn.Linear(E, 3)
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=pad))
+
+
+@pytest.fixture
+def padded() -> tuple[Padded, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = Padded().eval()
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.linear1.weight[:5] = 0
+            layer.linear1.bias.normal_()
+        model.head.weight[:, ::2] = 0
+    pad = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] * 5 + [True]])
+    return model, (torch.randn(3, 6, E), pad)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_with_padding_is_shrunk_and_compared(padded) -> None:
+    model, (x, pad) = padded
+    small, _ = shrink_with_report(model, example_inputs=(x, pad))
+    assert small.encoder.layers[0].linear1.weight.shape == (19, E)
+    assert compare(model, small, (x, pad), latency=False).agreement.relative < 1e-5
+    for mask in (pad, pad & False):
+        with torch.no_grad():
+            mine, theirs = small.eval()(x, mask), model(x, mask)
+        torch.testing.assert_close(mine[~mask], theirs[~mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_with_padding_is_exported(padded, tmp_path) -> None:
+    model, inputs = padded
+    export_program(model, tmp_path / "x.pt2", inputs)
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "x.pt2").module()(*inputs)
+        expected = model(*inputs)
+    real = ~inputs[1]
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("measure", [False, True])
+def test_an_encoder_with_padding_gets_sparse_layers_where_it_can(padded, measure) -> None:
+    model, inputs = padded
+    small, found = sparsify(model, inputs, measure=measure, rounds=1)
+    reasons = {one.name: one.reason for one in found}
+    if not measure:
+        assert reasons["head"] == "converted without a measurement"
+    with torch.no_grad():
+        torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning as L
 import pytest
@@ -224,6 +225,26 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     stranger = torch.optim.SGD(nn.Linear(4, 8).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="2 of its 2 are none of them"):
         carry_optimizer(stranger, model, small, report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(torch.optim.Adafactor, "'row_var'"), (torch.optim.LBFGS, "together")]
+)
+def test_optimizers_whose_state_has_no_units_are_refused(kind: Any, what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    optimizer = kind(model.parameters(), lr=0.1)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = model(x).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    nn.init.zeros_(model[2].weight[:, :5])
+    small, report = shrink_with_report(model, example_inputs=x)
+    with pytest.raises(ValueError, match=f"{what}.*Make a new one"):
+        carry_optimizer(optimizer, model, small, report)
 
 
 def test_metrics_in_a_module_hide_none_of_its_layers() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import random
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.networks import lenet, resnet20
 from lightning_prune.removal.calls import arguments, copied, resized
 from lightning_prune.removal.costs import count_macs, measure_costs, peak_bytes
+from lightning_prune.removal.proof import RemovalError
 from lightning_prune.removal.report import Agreement, agree, compare
+from lightning_prune.removal.sparse_layers import sparsify
 
 
 def zeroed(model, share, seed=0):
@@ -220,3 +224,54 @@ def test_a_copy_leaves_the_trainer_behind() -> None:
     assert isinstance(model._trainer, NotCopied)
     with pytest.raises(AssertionError, match="copied"):
         copy.deepcopy(model)
+
+
+@dataclass
+class Answer:
+    logits: Any
+    more: Any = None
+
+
+class Wrapped(dict):
+    """A mapping that torch does not know."""
+
+
+class Answering(nn.Module):
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.layer, self.form = nn.Linear(4, 3), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.layer(x))
+
+
+FORMS = {
+    "dataclass": Answer,
+    "nested": lambda z: Answer("no tensor", more=[{"z": (z,)}]),
+    "mapping": lambda z: {"all": Wrapped(z=z)},
+    "complex": lambda z: torch.complex(torch.zeros_like(z), z),
+    "holds itself": lambda z: vars(a := Answer(z)).update(more=a) or a,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_of_any_form_are_compared(form) -> None:
+    torch.manual_seed(0)
+    one, other, x = Answering(FORMS[form]), Answering(FORMS[form]), torch.randn(5, 4)
+    assert agree(one, one, x).absolute == 0
+    expected = float((one.layer(x) - other.layer(x)).detach().abs().max())
+    assert agree(one, other, x).absolute == pytest.approx(expected, rel=1e-5)
+
+
+def test_models_without_an_output_do_not_agree() -> None:
+    model = Answering(lambda z: "nothing")
+    with pytest.raises(RemovalError, match="return tensors"):
+        agree(model, model, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_macs_of_sparse_layers_are_those_of_the_weights_left(rows: int) -> None:
+    model = zeroed(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 8)), 0.8)
+    small, _ = sparsify(model, torch.randn(4, rows, 40), measure=False)
+    left = sum(int((layer.weight != 0).sum()) for layer in (model[0], model[2]))
+    assert count_macs(small, torch.randn(4, rows, 40))[0] == pytest.approx(rows * left)

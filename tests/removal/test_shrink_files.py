@@ -66,6 +66,13 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
         )
     for part in ("has no layer '2'", "'1.weight' is (3,) in the model, (2,)", "no '2.weight'"):
         assert part in str(raised.value)
+    small = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    save_shrunk(small, tmp_path / "c.pt")
+    dense = nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 4))
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    with pytest.raises(RemovalError, match=r"'0' has out_features 12 in the file, but 3 in"):
+        load_shrunk(tmp_path / "c.pt", dense)
+    assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in before.items())
     torch.save({"weight": torch.ones(2)}, tmp_path / "b.pt")
     with pytest.raises(RemovalError, match="written by save_shrunk"):
         load_shrunk(tmp_path / "b.pt", nn.Linear(3, 2))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.networks import resnet20
 from lightning_prune.removal import shrink, shrink_with_report
@@ -187,3 +191,46 @@ def test_halves_that_are_multiplied_fall_together() -> None:
     assert report.origins["into.bias"].tolist() == [0, 1, 8, 9]
     for each in fresh(inputs, 0):
         assert largest_difference(model.double(), small.double(), each) < 1e-6
+
+
+def halves(h: Tensor) -> tuple[Tensor, Tensor]:
+    return h[:, :4], h[:, 4:]
+
+
+@pytest.mark.parametrize(
+    ("between", "width"),
+    [
+        (lambda h: h + torch.cat(halves(h)[::-1], 1), 8),
+        (lambda h: h * torch.cat(halves(h)[::-1], 1), 8),
+        (lambda h: h[:, 1:] - h[:, :-1], 7),
+        (lambda h: torch.cat([halves(h)[0] + halves(h)[1], h], 1), 12),
+        (lambda h: h * 0.8 + torch.cat([-halves(h)[1], halves(h)[0]], 1) * 0.6, 8),  # rotated
+    ],
+)
+def test_slices_that_meet_the_whole_are_kept_and_come_to_an_end(
+    between: Callable[[Tensor], Tensor], width: int
+) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(width, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(between(self.first(x).relu()))
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("shrink goes round in circles")
+
+    torch.manual_seed(0)
+    model, x = Mixed().double(), torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model.first.weight[[1, 5]] = 0
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        small, report = shrink_with_report(model, example_inputs=x)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "coupled among themselves" in report.whole["first"]
+    torch.testing.assert_close(small.eval()(x), model.eval()(x))
