@@ -261,6 +261,8 @@ def units(
 def _says_something(unit: Unit) -> bool:
     """Return whether a network has what an arm is about."""
     subject = subjects.SUBJECTS[unit.network]
+    if unit.arm.startswith("obc+outputs"):  # as OBS: shown where refits are worth most
+        return unit.network == "784-40-20-10"
     if unit.network.startswith("LeNet") and unit.family == "fine-tuned" and "+" in unit.arm:
         arm = arms.Arm.named(unit.arm)
         if arm.layers != arm.distill and not arm.first:
