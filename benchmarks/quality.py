@@ -62,7 +62,7 @@ def _orders() -> dict[str, list[str]]:
     first, rest = ["taylor", "magnitude-global", "obs"], list(arms.CRITERIA_NAMES)
     rest = [criterion for criterion in rest if criterion not in first]
     plain = [*first, *(f"{criterion}+layers" for criterion in first)]
-    outputs = ["obs+layers+outputs", "obs+outputs", "obc+outputs", "taylor+outputs"]
+    outputs = ["obs+outputs", "obc+outputs", "taylor+outputs"]
     shifted = ["obs+outputs+shifts", "obs+layers+shifts", "taylor+outputs+shifts"]
     late = [*rest, *(f"{criterion}+layers" for criterion in rest)]
     distilled = [f"{arm}+distill" for arm in plain]
@@ -261,7 +261,7 @@ def units(
 def _says_something(unit: Unit) -> bool:
     """Return whether a network has what an arm is about."""
     subject = subjects.SUBJECTS[unit.network]
-    if unit.arm.startswith("obc+outputs"):  # as OBS: shown where refits are worth most
+    if "outputs" in unit.arm and not unit.arm.startswith("obs"):  # where refits are worth most
         return unit.network == "784-40-20-10"
     if unit.network.startswith("LeNet") and unit.family == "fine-tuned" and "+" in unit.arm:
         arm = arms.Arm.named(unit.arm)
