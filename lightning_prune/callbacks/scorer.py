@@ -91,7 +91,9 @@ class Scorer:
         self._names = names
         self._scored, self._priced = criterion.needs_scores, criterion.needs_prices
         self.checked = idle or not (self._scored or self._priced or self.refit)
-        self.step_inputs.done = self.checked or self.options.forward is not None
+        # With a forward or batches of its own the scoring has nothing to do with the step's.
+        own = self.options.forward is not None or self.loader is not None
+        self.step_inputs.done = self.checked or own
 
     def look(self, module: LightningModule, batch: Any) -> None:
         """Raise what scoring such a batch would raise, before the first training step."""

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import call_inputs
 
 
@@ -35,12 +34,10 @@ class StepInputs:
             self._handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
-        given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if given is not None:
-            self._fed.append(given)
+        self._fed += [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
 
     def compare(self, module: LightningModule, batch: Any) -> None:
-        """Warn if no call of the step that has just run had the batch's input."""
+        """Warn if no call of the step that has just run had the batch's input, or a part of it."""
         if self._handle is None:
             return
         fed = self._fed
@@ -48,10 +45,10 @@ class StepInputs:
         self.done = True
         try:
             inputs = call_inputs(module, batch)
-        except BatchFormatError:
-            return  # an error of its own where it matters
-        # A step that calls a submodule shows nothing, and keywords are their own names.
-        if not fed or not isinstance(inputs, Tensor) or any(_same(x, inputs) for x in fed):
+            # A step that calls a submodule shows nothing, and keywords are their own names.
+            if not fed or not isinstance(inputs, Tensor) or any(_same(x, inputs) for x in fed):
+                return
+        except Exception:  # noqa: BLE001 (what cannot be compared is no reason to end a fit)
             return
         rank_zero_warn(
             "SaliencyPruningCallback: validation_step calls the model with another tensor "
@@ -69,4 +66,9 @@ class StepInputs:
 
 
 def _same(fed: Tensor, inputs: Tensor) -> bool:
-    return fed.shape == inputs.shape and bool((fed == inputs.to(fed.dtype)).all())
+    """Whether one is the other, or some of its samples."""
+    if fed is inputs or (fed.shape[1:] == inputs.shape[1:] and len(fed) < len(inputs)):
+        return True
+    if fed.shape != inputs.shape:
+        return False
+    return bool(((fed == inputs.to(fed.dtype)) | (fed.isnan() & inputs.isnan())).all())

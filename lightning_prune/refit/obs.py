@@ -154,8 +154,9 @@ def check_priced(
         layers, left = find_layers(model, names, [partial(forward, model, batch)])
     uncalled = [name for name, why in left.items() if why.endswith(UNCALLED)]
     _raise_left({name: why for name, why in left.items() if name not in uncalled})
-    with borrowed(model, derivatives=1):
-        output_saliency(model, layers, [batch], forward, likelihood)
+    if layers:
+        with borrowed(model, derivatives=1):
+            output_saliency(model, layers, [batch], forward, likelihood)
     return uncalled
 
 

@@ -6,6 +6,7 @@ model runs on several inputs and the numbers are read where they arrive.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,17 +44,33 @@ class Arriving:
         return torch.where(self.high == self.low, self.low, (self.high + self.low) / 2)
 
 
-def observe(model: nn.Module, inputs: Sequence[Any], run: Run) -> Mapping[int, Arriving]:
-    """Run the model and return what arrived at each Linear and convolution, by the layer's id."""
-    seen: dict[int, Arriving] = {}
-    with torch.no_grad(), _watching(model, seen):
+def observe(
+    model: nn.Module, inputs: Sequence[Any], unlike: Sequence[Any], run: Run
+) -> Mapping[int, Arriving]:
+    """Run the model and return what arrived at each Linear and convolution, by the layer's id.
+
+    Args:
+        model: The model.
+        inputs: Inputs like the example.
+        unlike: Others, which copies of the model are run on.
+        run: How it is run.
+    """
+    seen: dict[str, Arriving] = {}
+    with torch.no_grad():
         for each in inputs:
-            run(model, each)
-    return seen
+            with _watching(model, seen):
+                run(model, each)
+        for each in unlike:
+            twin = copy.deepcopy(model)
+            with _watching(twin, seen):
+                run(twin, each)
+    return {id(model.get_submodule(name)): arriving for name, arriving in seen.items()}
 
 
 @contextmanager
-def _watching(model: nn.Module, seen: dict[int, Arriving]) -> Iterator[None]:
+def _watching(model: nn.Module, seen: dict[str, Arriving]) -> Iterator[None]:
+    names = {id(module): name for name, module in model.named_modules()}
+
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], Tensor) or not args[0].numel():
             return
@@ -62,10 +79,10 @@ def _watching(model: nn.Module, seen: dict[int, Arriving]) -> Iterator[None]:
         x = x.movedim(x.dim() - 1 - spatial, 0)
         x = x.reshape(len(x), -1)
         low, high = x.amin(1), x.amax(1)
-        past = seen.get(id(module))
+        past = seen.get(names[id(module)])
         if past is not None:
             low, high = torch.minimum(low, past.low), torch.maximum(high, past.high)
-        seen[id(module)] = Arriving(low, high)
+        seen[names[id(module)]] = Arriving(low, high)
 
     kinds = (nn.Linear, *layers.CONVOLUTIONS, *layers.TRANSPOSED)
     handles = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, kinds)]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_prune.removal.outcome import RemovalReport
 
@@ -81,12 +82,15 @@ def carry_optimizer(
 
 def _refuse_other_shapes(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-            raise ValueError(
-                f"Expected an optimizer that keeps its state in the shape of the parameters, but "
-                f"{type(optimizer).__name__} keeps {key!r} {tuple(value.shape)} of one that is "
-                f"{tuple(parameter.shape)} and was cut. Make a new one of the smaller model's."
-            )
+        for leaf in pytree.tree_leaves(value):
+            alike = leaf is value and leaf.shape == parameter.shape
+            if isinstance(leaf, Tensor) and leaf.numel() > 1 and not alike:
+                raise ValueError(
+                    "Expected an optimizer that keeps its state in the shape of the parameters, "
+                    f"but {type(optimizer).__name__} keeps {key!r} {tuple(leaf.shape)} of one that "
+                    f"is {tuple(parameter.shape)} and was cut. Make a new one of the smaller "
+                    "model's."
+                )
 
 
 def _carried_group(

@@ -118,12 +118,17 @@ def _check_names(
         if getattr(modules.get(name), "num_heads", None) != each["dense_heads"]
     ]
     faults += [
+        f"{name!r} is a {type(modules[name]).__name__} in the model, another layer in the file"
+        for name, saved in sizes.items()
+        if name in own and saved.keys() != layers.sizes(modules[name]).keys()
+    ]
+    faults += [
         f"{name!r} has {attribute} {size} in the file, but {getattr(modules[name], attribute)} in "
         "the model, which should be the larger one"
         for name, saved in sizes.items()
         if name in own
         for attribute, size in saved.items()
-        if attribute != "groups" and size > getattr(modules[name], attribute)
+        if attribute != "groups" and size > getattr(modules[name], attribute, size)
     ]
     inside = tuple(f"{name}.".lstrip(".") for name in (*sizes, *heads))
     for name, tensor in model.state_dict().items():

@@ -5,8 +5,11 @@ Enters: a model, example inputs, perhaps a ``forward``. Leaves: tensors, in a fi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -48,7 +51,7 @@ def tensors_in(output: Any, model: nn.Module) -> list[Tensor]:
     Raises:
         RemovalError: There is none.
     """
-    found = list(_nested(output, set()))
+    found = list(_nested(output))
     if not found:
         raise RemovalError(
             f"Expected {type(model).__name__} to return tensors, nested in any way, but got a "
@@ -57,18 +60,36 @@ def tensors_in(output: Any, model: nn.Module) -> list[Tensor]:
     return found
 
 
-def _nested(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _nested(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in containers that torch knows, in other mappings and in objects."""
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif id(leaf) not in seen and not isinstance(leaf, (nn.Module, type)):
-            seen.add(id(leaf))  # an object may hold itself
-            inner = [*leaf.values()] if isinstance(leaf, Mapping) else []
-            inner += [*leaf] if isinstance(leaf, (list, tuple)) else []
-            inner += [*vars(leaf).values()] if hasattr(leaf, "__dict__") else []
-            for each in inner:
-                yield from _nested(each, seen)
+    seen: dict[int, Any] = {}  # an object may hold itself; kept, so that no id is used again
+    stack = [value]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, Tensor):
+            yield each
+            continue
+        inner = pytree.tree_leaves(each)
+        if len(inner) == 1 and inner[0] is each:
+            if id(each) in seen or isinstance(each, _NO_OUTPUTS):
+                continue
+            seen[id(each)] = each
+            inner = _held(each)
+        stack += reversed(inner)
+
+
+_NO_OUTPUTS = (nn.Module, type, ModuleType, FunctionType, MethodType)
+"""Through these the walk would leave the output."""
+
+
+def _held(holder: Any) -> list[Any]:
+    """Return what an object holds: its items, its attributes, its slots."""
+    inner = [*holder.values()] if isinstance(holder, Mapping) else []
+    inner += [*holder] if isinstance(holder, (list, tuple)) else []
+    inner += [*getattr(holder, "__dict__", {}).values()]
+    slots = [getattr(each, "__slots__", ()) for each in type(holder).__mro__]
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    return inner + [getattr(holder, name) for name in names if hasattr(holder, name)]
 
 
 @contextmanager
@@ -138,54 +159,90 @@ def variants(inputs: Any, model: nn.Module, run: Run) -> list[Any]:
     """Return inputs unlike the example in what no redrawing changes, if the model takes them.
 
     A mask of ones stays one however it is permuted, and a sum over positions is the same for as
-    many of them: what is a constant for the example need not be one. So a quarter of the integers
-    and bits are drawn anew (none in the first place of the last axis: no sample is masked as a
-    whole), and each size but the batch's is doubled and halved, for two samples. What makes the
-    model fail, or give NaN or infinity, is left out.
+    many of them: what is a constant for the example need not be one. So integers and bits are drawn
+    anew (a quarter of them and all, none in the first place of the last axis: no sample is masked
+    as a whole), and each size but the batch's is doubled and halved, for two samples: on all axes
+    that have it, or, if the model does not take that, on one.
+
+    They are tried on copies on the CPU and have to be run on copies: a model may keep a table that
+    grows with the inputs.
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     batch = next((len(leaf) for leaf in leaves if leaf.dim()), 0)
-    sizes = {size for leaf in leaves for size in leaf.shape[1:] if size > 1}
-    changes = [(old, new) for old in sorted(sizes) for new in (2 * old, old // 2)]
-    found = [_resized(inputs, batch, old, new) for old, new in changes]
-    if any(not leaf.is_floating_point() for leaf in leaves):
-        found.append(pytree.tree_map(_flipped, inputs))
-    return [each for each in found if _is_taken(each, model, run)]
+    found: list[Any] = []
+
+    def taken(change: Callable[[Any, int], Any]) -> bool:
+        """Change the leaves by ``change(leaf, number)``; keep the result if the model takes it."""
+        try:
+            flat, form = pytree.tree_flatten(inputs)
+            changed = pytree.tree_unflatten([change(leaf, i) for i, leaf in enumerate(flat)], form)
+            if not _is_taken(changed, model, run):
+                return False
+        except Exception:  # noqa: BLE001 (whatever a model does with a size it was not made for)
+            return False
+        found.append(changed)
+        return True
+
+    for old in sorted({size for leaf in leaves for size in leaf.shape[1:] if size}):
+        for new in (2 * old, old // 2):
+            resized = partial(_resized, batch=batch, old=old, new=new)
+            if new and not taken(resized):
+                for place in _places(inputs, batch, old):
+                    taken(partial(resized, only=place))
+    if any(_is_discrete(leaf) for leaf in leaves):
+        for share in (0.25, 1.0):
+            taken(partial(_flipped, share=share))
+    return found
 
 
 def _is_taken(inputs: Any, model: nn.Module, run: Run) -> bool:
-    try:
-        with torch.no_grad():
-            outputs = run(model, inputs)
-    except Exception:  # noqa: BLE001 (whatever a model does with a size it was not made for)
-        return False
-    return all(bool(output.isfinite().all()) for output in outputs)
+    inputs = pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs)
+    with torch.no_grad():
+        outputs = run(copy.deepcopy(model).cpu(), inputs)
+    return not any(bool(x.isnan().any()) for x in outputs) and all(
+        bool(x.isfinite().any()) for x in outputs if x.numel()
+    )
 
 
-def _resized(inputs: Any, batch: int, old: int, new: int) -> Any:
-    """Return two samples in which every axis of one size has another."""
+def _places(inputs: Any, batch: int, size: int) -> list[tuple[int, int]]:
+    """Return the axes of a size, as number of the leaf and axis, if there are several."""
+    found = [
+        (number, axis)
+        for number, leaf in enumerate(pytree.tree_leaves(inputs))
+        if isinstance(leaf, Tensor)
+        for axis, length in enumerate(leaf.shape)
+        if length == size and not (axis == 0 and length == batch)
+    ]
+    return found if len(found) > 1 else []
 
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        for axis, size in enumerate(leaf.shape):
-            if axis == 0 and size == batch:
-                leaf = leaf[:2]
-            elif size == old:
-                leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, new)
+
+def _resized(
+    leaf: Any, number: int, *, batch: int, old: int, new: int, only: tuple[int, int] | None = None
+) -> Any:
+    """Return two samples in which all axes of one size, or only one of them, have another."""
+    if not isinstance(leaf, Tensor):
         return leaf
+    for axis, size in enumerate(leaf.shape):
+        if axis == 0 and size == batch:
+            leaf = leaf[:2]
+        elif size == old and only in (None, (number, axis)):
+            leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, new)
+    return leaf
 
-    return pytree.tree_map(resize, inputs)
+
+def _is_discrete(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _flipped(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or not leaf.numel():
+def _flipped(leaf: Any, number: int, *, share: float) -> Any:
+    if not _is_discrete(leaf) or not leaf.numel():
         return leaf
-    chosen = torch.rand(leaf.shape) < 0.25
-    if leaf.dim():
-        chosen[..., 0] = False
+    chosen = torch.rand(leaf.shape) < share
+    long = [axis for axis, size in enumerate(leaf.shape) if size > 1]
+    if long:
+        chosen.select(long[-1], 0).fill_(False)
     if leaf.dtype == torch.bool:
         return leaf ^ chosen.to(leaf.device)
-    low, high = min(0, int(leaf.min())), max(1, int(leaf.max()))
+    low, high = min(0, int(leaf.min())), min(max(1, int(leaf.max())), 2**63 - 2)
     drawn = torch.randint(low, high + 1, leaf.shape)
     return torch.where(chosen.to(leaf.device), drawn.to(leaf), leaf)

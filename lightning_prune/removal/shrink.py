@@ -7,6 +7,7 @@ kept whole and reported.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -114,9 +115,9 @@ def shrink_with_report(
         example = floats_as(own, torch.float64) if exact else own
         given = probes(example)
         check_control_flow(patient.model, given, run)
-        given += variants(example, patient.model, run)
+        unlike = variants(example, patient.model, run)
         report = RemovalReport(parameters_before=_size(model), exact=exact)
-        patient = _Shrinking(patient, given, run, round_to, report).result()
+        patient = _Shrinking(patient, given, unlike, run, round_to, report).result()
         small = patient.finished(model)
         _check_own_dtype(masked, small, own, run, exact)
         _note_result(model, small, patient, report)
@@ -127,10 +128,17 @@ class _Shrinking:
     """The rounds."""
 
     def __init__(
-        self, patient: Patient, given: Sequence[Any], run: Run, round_to: int, report: RemovalReport
+        self,
+        patient: Patient,
+        given: Sequence[Any],
+        unlike: Sequence[Any],
+        run: Run,
+        round_to: int,
+        report: RemovalReport,
     ) -> None:
         self.patient = patient
         self.given = given
+        self.unlike = unlike
         self.run = run
         self.round_to = round_to
         self.report = report
@@ -198,7 +206,7 @@ class _Shrinking:
         except Exception as error:  # noqa: BLE001 (torch-pruning fails in many ways)
             self.report.whole["the model"] = f"its layers' coupling could not be traced: {error!r}"
             return []
-        arriving = observe(model, self.given, self.run)
+        arriving = observe(model, self.given, self.unlike, self.run)
         found = []
         for group in graph.groups():
             obstacle = group.obstacle or self.refused.get(group.root)
@@ -243,7 +251,8 @@ class _Shrinking:
 
     def _outputs(self, model: nn.Module) -> list[list[Tensor]]:
         with torch.no_grad():
-            return [self.run(model, each) for each in self.given]
+            found = [self.run(model, each) for each in self.given]
+            return found + [self.run(copy.deepcopy(model), each) for each in self.unlike]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
 from tests.callbacks.pruning_cases import Digits, fit, loaders, trainer
@@ -61,6 +62,8 @@ def test_other_shapes_are_named() -> None:
     [
         (lambda: Prepared(lambda x: x), {}),
         (lambda: Prepared(lambda x: x.double().float()), {}),
+        (lambda: Prepared(lambda x: x[:10]), {}),  # some of its samples
+        (lambda: Prepared(lambda x: x + 1.0), {"scoring_loader": list(loaders()[1])}),
         (lambda: Prepared(lambda x: x + 1.0, called="net"), {}),  # not known, so nothing is said
         (lambda: Prepared(lambda x: x + 1.0), {"forward": lambda m, b: m(b[0] + 1.0)}),
         (lambda: Prepared(lambda x: x + 1.0), {"criterion": "magnitude"}),  # reads no batch
@@ -78,6 +81,31 @@ def test_a_step_that_calls_the_model_twice_is_right_once() -> None:
             self(batch[0])
 
     assert said(Twice(None), SaliencyPruningCallback({1: 0.5})) == []
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nan", "keyword"])
+def test_inputs_that_are_hard_to_compare_are_no_fault(kind: str) -> None:
+    class Odd(Prepared):
+        def forward(self, x: Tensor, weight: Any = None) -> Tensor:
+            x = x.to_dense() if x.is_sparse else x
+            return super().forward(x.nan_to_num())
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            weight = torch.ones(len(batch[1]), 1)
+            self(weight=weight, x=batch[0]) if kind == "keyword" else self(batch[0])
+
+    def collate(rows: list[Any]) -> Any:
+        x, y = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        x = torch.where(x == 0, torch.nan, x) if kind == "nan" else x
+        return (x.to_sparse() if kind == "sparse" else x), y
+
+    train, val = (DataLoader(part.dataset, 50, collate_fn=collate) for part in loaders())
+    model, pruner = Odd(None), SaliencyPruningCallback({1: 0.5})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(pruner).fit(model, train, val)
+    assert not [w for w in caught if SAID in str(w.message)]
+    assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_failing_step_leaves_no_hook_and_a_copy_takes_none_along() -> None:

@@ -480,6 +480,14 @@ def test_layers_that_the_first_samples_do_not_choose_have_prices() -> None:
         obs_prices(model, {}, names, [batches[0]])
 
 
+def test_a_first_look_at_samples_that_call_nothing_says_so() -> None:
+    model, x = Experts(), torch.randn(6, 6)
+    x[:, 0] = -x[:, 0].abs()
+    look = {"forward": lambda m, b: m(b), "likelihood": "categorical"}
+    name = "experts.1.weight"
+    assert obs_module.check_priced(model, [name], x, **look) == [name]
+
+
 def test_the_first_look_makes_no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(obs_module.Moments, "empty", lambda *_, **__: pytest.fail("a matrix"))
     look = {"forward": lambda m, b: m(b), "likelihood": "categorical"}

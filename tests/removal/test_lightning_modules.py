@@ -227,8 +227,22 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         carry_optimizer(stranger, model, small, report)
 
 
+class Squaring(torch.optim.SGD):
+    """Keeps lists of matrices."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["factors"] = [torch.eye(size) for size in parameter.shape]
+
+
 @pytest.mark.parametrize(
-    ("kind", "what"), [(torch.optim.Adafactor, "'row_var'"), (torch.optim.LBFGS, "together")]
+    ("kind", "what"),
+    [
+        (torch.optim.Adafactor, "'row_var'"),
+        (torch.optim.LBFGS, "together"),
+        (Squaring, "'factors'"),
+    ],
 )
 def test_optimizers_whose_state_has_no_units_are_refused(kind: Any, what: str) -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
@@ -240,6 +254,7 @@ def test_optimizers_whose_state_has_no_units_are_refused(kind: Any, what: str) -
         value.backward()
         return value
 
+    loss()
     optimizer.step(loss)
     nn.init.zeros_(model[2].weight[:, :5])
     small, report = shrink_with_report(model, example_inputs=x)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from lightning_prune.removal.calls import arguments, copied, resized
 from lightning_prune.removal.costs import count_macs, measure_costs, peak_bytes
 from lightning_prune.removal.proof import RemovalError
 from lightning_prune.removal.report import Agreement, agree, compare
+from lightning_prune.removal.running import tensors_in
 from lightning_prune.removal.sparse_layers import sparsify
 
 
@@ -232,6 +235,36 @@ class Answer:
     more: Any = None
 
 
+@dataclass
+class Slotted:
+    __slots__ = ("logits",)
+    logits: Any
+
+
+class Lazy(Mapping):
+    """Makes its values when it is asked for them."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+    def __getitem__(self, key: int) -> Answer:
+        return Answer(self.z * (key + 1))
+
+
+def chained(z: Tensor) -> Answer:
+    """Return an answer deep inside of others, beside a module of Python."""
+    found = Answer(z, more=math)
+    for _ in range(3000):
+        found = Answer("no tensor", more=found)
+    return found
+
+
 class Wrapped(dict):
     """A mapping that torch does not know."""
 
@@ -250,6 +283,9 @@ FORMS = {
     "nested": lambda z: Answer("no tensor", more=[{"z": (z,)}]),
     "mapping": lambda z: {"all": Wrapped(z=z)},
     "complex": lambda z: torch.complex(torch.zeros_like(z), z),
+    "slots": Slotted,
+    "made when asked": Lazy,
+    "deep inside": chained,
     "holds itself": lambda z: vars(a := Answer(z)).update(more=a) or a,
 }
 
@@ -260,7 +296,9 @@ def test_outputs_of_any_form_are_compared(form) -> None:
     one, other, x = Answering(FORMS[form]), Answering(FORMS[form]), torch.randn(5, 4)
     assert agree(one, one, x).absolute == 0
     expected = float((one.layer(x) - other.layer(x)).detach().abs().max())
+    expected *= 3 if form == "made when asked" else 1
     assert agree(one, other, x).absolute == pytest.approx(expected, rel=1e-5)
+    assert len(tensors_in(Lazy(x), one)) == 4  # three, and the one that it holds
 
 
 def test_models_without_an_output_do_not_agree() -> None:
