@@ -73,9 +73,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RemovalError, match=r"'0' has out_features 12 in the file, but 3 in"):
         load_shrunk(tmp_path / "c.pt", dense)
     assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in before.items())
-    with pytest.raises(
-        RemovalError, match="'0' is a Conv1d in the model, another layer in the file"
-    ):
+    with pytest.raises(RemovalError, match="'0' is a Conv1d in the model, another layer in"):
         load_shrunk(tmp_path / "c.pt", nn.Sequential(nn.Conv1d(7, 12, 1), nn.ReLU(), dense[2]))
     torch.save({"weight": torch.ones(2)}, tmp_path / "b.pt")
     with pytest.raises(RemovalError, match="written by save_shrunk"):
