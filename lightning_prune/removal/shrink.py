@@ -25,8 +25,9 @@ from lightning_prune.removal.control_flow import check_control_flow
 from lightning_prune.removal.dead_units import Plan, plan
 from lightning_prune.removal.graph import Graph, load_torch_pruning
 from lightning_prune.removal.outcome import RemovalReport
+from lightning_prune.removal.probes import probes, variants
 from lightning_prune.removal.proof import COARSE, EXACT, RemovalError, check_rounding, disagreement
-from lightning_prune.removal.running import Run, floats_as, left_alone, probes, runner, variants
+from lightning_prune.removal.running import Run, floats_as, left_alone, runner
 from lightning_prune.removal.surgery import Patient, masked_copy
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.removal import load_shrunk, save_shrunk, shrink_with_report
-from lightning_prune.removal.running import runner, variants
+from lightning_prune.removal.probes import variants
+from lightning_prune.removal.running import runner
 
 
 class Between(nn.Module):
