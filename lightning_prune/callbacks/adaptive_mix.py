@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.augment.adaptive import START, Losses, MixRule, gap_share, losses_of
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
+from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.reporting import log_metrics
 from lightning_prune.exceptions import BatchFormatError
 
@@ -31,7 +32,7 @@ class AdaptiveMix:
     loader, are compared with those of as many training samples, the first of the epoch, by the same
     weights. This costs a forward pass over both in eval mode, and the memory of the training
     batches kept. The losses are by the likelihood and the batches' labels; without labels, a
-    validation loader, or training samples (the rest of an epoch that was resumed in its middle) the
+    validation loader, or training samples (after a resumption at an epoch's end) the
     factor stays as it is. All processes come to the same factor, from the samples of all.
 
     Args:
@@ -76,8 +77,9 @@ class AdaptiveMix:
         return min(self._start, self._mix) if self._waiting else self._mix
 
     def begin(self, trainer: Trainer) -> None:
-        """Wait for no comparison in a fit without a validation."""
-        self._waiting = self._waiting and trainer.enable_validation
+        """Wait for no comparison in a fit without a validation, and keep none of another fit."""
+        if not trainer.enable_validation:
+            self._mix, self._waiting = 1.0, False
 
     def start_epoch(self) -> None:
         """Let go of the training samples of the last epoch. Called once there is a teacher."""
@@ -152,15 +154,18 @@ class AdaptiveMix:
     def _losses(self, trainer: Trainer, pl_module: LightningModule, form: BatchForm) -> Losses:
         if form.labels is None or self._unreadable:
             return Losses()
-        with trainer.precision_plugin.forward_context():
-            logits = self._injection.logits(pl_module, form, form.inputs)
         try:
+            with unlogged(pl_module), trainer.precision_plugin.forward_context():
+                logits = self._injection.logits(pl_module, form, form.inputs)
             return Losses.of(losses_of(logits, form.labels, self._injection.likelihood))
-        except ValueError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (a batch of another form is no reason to stop)
             self._unreadable = True
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             rank_zero_warn(
                 f"{self._name}: the share of generated samples does not adapt, and stays at "
-                f"{self._mix:.2f}. {error}"
+                f"{self._mix:.2f}. {kind}{error}"
             )
             return Losses()
 

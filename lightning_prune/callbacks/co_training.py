@@ -118,7 +118,7 @@ class CoTraining:
     def fit_before(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train alone for some epochs, unless there is a generator that has been trained."""
         epochs = self.training.fit_before
-        if not epochs or self.resumed or self.trained > 0:
+        if not epochs or self.resumed or self.reused or self.trained > 0:
             return
         for batch in batches_before(
             trainer, pl_module, epochs, seed=self.choice.seed, name=self.name

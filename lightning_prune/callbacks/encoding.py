@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.exceptions import BatchFormatError
+from lightning_prune.passes.batches import change_parts
 from lightning_prune.passes.isolation import own_randomness
 from lightning_prune.saliency import read_inputs, read_labels
 
@@ -32,7 +33,9 @@ def read_form(batch: Any, name: str) -> BatchForm:
             "model; how batches reach the model (`forward=`) does not change that."
         ) from error
     y = read_labels(batch)
-    return BatchForm(batch, x, y if y is not None and y.shape[:1] == x.shape[:1] else None)
+    # In a container of our own: a training step may put other tensors into the user's.
+    own = change_parts(batch, len(x), lambda part: part)
+    return BatchForm(own, x, y if y is not None and y.shape[:1] == x.shape[:1] else None)
 
 
 def encoded(form: BatchForm, encode: Callable[[Tensor], Tensor], name: str) -> BatchForm:

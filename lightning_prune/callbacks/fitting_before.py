@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lightning_prune.callbacks.reading import on_device
+from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.passes.isolation import own_randomness
 
 
@@ -48,9 +48,14 @@ def batches_before(
             f"`fit_before`, but got {type(loader).__name__} with {count} batches. Use "
             "`limit_train_batches` where it is endless, or train without `fit_before`."
         )
-    bar: Any = trainer.progress_bar_callback
-    shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
-    with tqdm(total=epochs * int(count), desc=f"{name} before", disable=not shown) as progress:
+    own: Any = trainer.progress_bar_callback
+    shown = own is not None and getattr(own, "is_enabled", True) and trainer.is_global_zero
+    total = epochs * int(count)
+    # A data set may hold a random generator, which is nobody's to copy.
+    with (
+        undisturbed(trainer),
+        tqdm(total=total, desc=f"{name} before", disable=not shown) as progress,
+    ):
         for epoch in range(epochs):
             for batch in _apart(_untouched(loader, epoch), int(count), seed, epoch):
                 with isolate_rng(), own_randomness(pl_module.device, seed, "transfer", progress.n):

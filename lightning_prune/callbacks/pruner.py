@@ -143,6 +143,7 @@ class Pruner:
             self._make_up(trainer, module)
             if skipped_epoch_end(trainer) is not None:  # and the next one's start
                 self._take_snapshot(trainer, module)
+                self.prune_if_due(trainer, module)  # before anybody's first batch
         else:
             passed = self.clock.passed(trainer)
             self.state = PruningState(history=self.state.history, next_count=passed)

@@ -19,7 +19,9 @@ from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.adaptive_mix import AdaptiveMix
 from lightning_prune.callbacks.batch_join import BatchJoin, whole
 from lightning_prune.callbacks.encoding import read_form
+from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.saliency_pruning import pruners_of
+from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.passes.teacher import Teacher
@@ -74,6 +76,13 @@ class TrainingInjection:
             check_strategy(trainer, self.name)
         else:
             BatchJoin.check(pl_module, self.name)
+            others = [getattr(c, "_joining", None) for c in callbacks_of(trainer)]
+            if sum(isinstance(o, TrainingInjection) and o.by == "batch" for o in others) > 1:
+                raise MisconfigurationException(
+                    f"{self.name}: expected one callback with train_by='batch', but there are "
+                    "several, and each generator would learn from the others' samples. Use "
+                    "train_by='distill' in all but one, or leave 'train' out of its `inject`."
+                )
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get ready for a fit, after a checkpoint has been restored."""
@@ -127,7 +136,8 @@ class TrainingInjection:
             self._mix.keep(form)
         if self.by == "distill" and self.mix > 0:
             n = max(1, round(self.share * len(form.inputs)))
-            self._generated = form.fill(self.supply(trainer, pl_module, form, n).inputs)
+            with unlogged(pl_module):
+                self._generated = form.fill(self.supply(trainer, pl_module, form, n).inputs)
         self._took_part |= self.mix == 0
 
     def add_term(
@@ -136,15 +146,16 @@ class TrainingInjection:
         """Add the term's gradients to an optimizer's; return its loss, if there was one."""
         if self._generated is None or self.teacher is None:
             return None
-        loss = add_training_term(
-            trainer,
-            pl_module,
-            optimizer,
-            self._generated,
-            self.supply.injection,
-            self.teacher,
-            mix=self.mix,
-        )
+        with unlogged(pl_module):
+            loss = add_training_term(
+                trainer,
+                pl_module,
+                optimizer,
+                self._generated,
+                self.supply.injection,
+                self.teacher,
+                mix=self.mix,
+            )
         self._took_part |= loss is not None
         return loss
 
@@ -213,8 +224,8 @@ class TrainingInjection:
         n = whole(self.share * self.mix * len(form.inputs), self.supply.generator.seen)
         if n == 0:
             return batch
-        inputs, classes = self.supply(trainer, pl_module, form, n)
-        with trainer.precision_plugin.forward_context(), torch.no_grad():
+        with unlogged(pl_module), trainer.precision_plugin.forward_context(), torch.no_grad():
+            inputs, classes = self.supply(trainer, pl_module, form, n)
             joined = self.supply.injection.joined(pl_module, form, inputs, classes, self.teacher)
         self.samples_joined = n
         return joined

@@ -22,6 +22,7 @@ from lightning_prune.callbacks.generator_callback import GeneratorCallback
 from lightning_prune.callbacks.generator_choice import GeneratorChoice
 from lightning_prune.callbacks.generator_training import GeneratorTraining
 from lightning_prune.callbacks.preflight import peek_batch
+from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.reporting import without_lent
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_injection import TrainBy, TrainingInjection
@@ -245,7 +246,7 @@ class VAEAugmentCallback(GeneratorCallback):
         if not self._rehearsed:
             # A few real inputs take the way that generated ones will take hours later.
             labelled = "saliency" in self.inject or self.train_by == "batch"
-            with trainer.precision_plugin.forward_context():
+            with unlogged(pl_module), trainer.precision_plugin.forward_context():
                 self._injection.rehearse(pl_module, form, labels=labelled)
             self._rehearsed = True
         if self._joining is not None:
@@ -340,10 +341,8 @@ class VAEAugmentCallback(GeneratorCallback):
         return batch if self._joining is None else self._joining.real_part(batch)
 
     def _add_term(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        loss = None
-        if self._joining is not None:
-            loss = self._joining.add_term(trainer, pl_module, optimizer)
-        if loss is not None:
+        joining = self._joining
+        if joining and (loss := joining.add_term(trainer, pl_module, optimizer)) is not None:
             self._terms.add({"distillation": loss}, 1)
 
     def __getstate__(self) -> dict[str, Any]:
