@@ -105,13 +105,14 @@ class Patient:
     def finished(self, like: nn.Module) -> nn.Module:
         """Return the model in the dtypes, modes and gradient flags of the original ``like``."""
         modes = {name: module.training for name, module in like.named_modules()}
+        was = dict(_tensors(like))
         flags = {name: parameter.requires_grad for name, parameter in like.named_parameters()}
         result = copied(self.model)
         for name, module in result.named_modules():
             module.training = modes[name]
         for name, tensor in _tensors(result):
             twin = name if name in self._marks else name.removesuffix("bias") + "weight"
-            tensor.data = tensor.data.to(self._marks[twin][0])
+            tensor.data = _laid_out(tensor.data.to(self._marks[twin][0]), was.get(name))
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(flags[twin])
         return result
@@ -142,6 +143,15 @@ class Patient:
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+
+
+def _laid_out(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """Return a tensor in another's memory format, if that is channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if like is None or last is None or like.is_contiguous():
+        return tensor
+    kept = like.is_contiguous(memory_format=last)
+    return tensor.contiguous(memory_format=last) if kept else tensor
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -376,3 +376,19 @@ def test_a_coupling_that_has_no_end_is_kept_whole(build) -> None:
     torch.testing.assert_close(small.eval()(x), model.eval()(x))
     if isinstance(model, Beside):  # the others are cut all the same
         assert small.hidden.out_features == 5
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_memory_format_stays(dims: int) -> None:
+    kind, last = ((nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d))[dims - 2]
+    model = nn.Sequential(kind(3, 8, 3), nn.ReLU(), kind(8, 4, 3), nn.Flatten()).eval()
+    model = model.to(memory_format=last)
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    x = torch.randn(2, 3, *[6] * dims)
+    small = shrink(model, example_inputs=x)
+    assert small[0].weight.shape[0] == 5
+    for layer in (small[0], small[2]):
+        assert layer.weight.is_contiguous(memory_format=last)
+        assert not layer.weight.is_contiguous()
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
