@@ -224,8 +224,10 @@ class TrainingInjection:
         n = whole(self.share * self.mix * len(form.inputs), self.supply.generator.seen)
         if n == 0:
             return batch
-        with unlogged(pl_module), trainer.precision_plugin.forward_context(), torch.no_grad():
+        injection = self.supply.injection
+        with unlogged(pl_module):
             inputs, classes = self.supply(trainer, pl_module, form, n)
-            joined = self.supply.injection.joined(pl_module, form, inputs, classes, self.teacher)
+            with trainer.precision_plugin.forward_context(), torch.no_grad():
+                joined = injection.joined(pl_module, form, inputs, classes, self.teacher)
         self.samples_joined = n
         return joined
