@@ -200,3 +200,10 @@ def test_the_mode_of_the_caller_does_not_matter(mode, tmp_path) -> None:
         x = torch.ones(2, 4)
         export_program(nn.Linear(4, 3), tmp_path / "x.pt2", x)
     assert (tmp_path / "x.pt2").is_file()
+
+
+def test_a_type_that_onnxruntime_does_not_know_is_named(tmp_path) -> None:
+    model = nn.Linear(4, 3).bfloat16()
+    with pytest.raises(ExportError, match=r"onnxruntime to load.*bfloat16.*`check=False`"):
+        export_onnx(model, tmp_path / "x.onnx", torch.randn(3, 4).bfloat16())
+    assert not list(tmp_path.iterdir())

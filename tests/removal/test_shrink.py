@@ -392,3 +392,9 @@ def test_the_memory_format_stays(dims: int) -> None:
         assert layer.weight.is_contiguous(memory_format=last)
         assert not layer.weight.is_contiguous()
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused() -> None:
+    with pytest.raises(RemovalError, match="got a ScriptModule"):
+        shrink(torch.jit.trace(pruned_mlp().eval(), X), example_inputs=X)
