@@ -53,8 +53,8 @@ class Layer:
         return self.name.removesuffix("weight") + "bias"
 
 
-UNCALLED = "was not called in a forward pass"
-"""How the reason ends for a layer that other inputs may yet call."""
+UNCALLED = "its layer was not called in a forward pass"
+"""The reason for a layer that other inputs may yet call."""
 
 
 class _Enough(BaseException):
@@ -134,7 +134,7 @@ def find_layers(
         if layer.name in elsewhere:
             left[layer.name] = f"its {kind}'s parameters are also used outside of its forward"
         elif module not in called:
-            left[layer.name] = f"its {kind} {UNCALLED}"
+            left[layer.name] = UNCALLED
         elif module in misfits:
             left[layer.name] = f"the output of its {kind} is not its inputs times its weight"
         else:

@@ -152,7 +152,7 @@ def check_priced(
         batch = outside_inference_mode(batch)
     with borrowed(model):
         layers, left = find_layers(model, names, [partial(forward, model, batch)])
-    uncalled = [name for name, why in left.items() if why.endswith(UNCALLED)]
+    uncalled = [name for name, why in left.items() if why == UNCALLED]
     _raise_left({name: why for name, why in left.items() if name not in uncalled})
     if layers:
         with borrowed(model, derivatives=1):

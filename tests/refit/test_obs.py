@@ -476,7 +476,7 @@ def test_layers_that_the_first_samples_do_not_choose_have_prices() -> None:
         settings = {"temperature": 4 - 60 / 1000, "ridge": 3 / int(mine.sum())}
         alone = obs_prices(expert, {}, ["weight"], [x[mine]], **settings)["weight"]
         torch.testing.assert_close(found[name] * 60, alone * int(mine.sum()), rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match=r"experts.1.weight': its Linear was not called"):
+    with pytest.raises(ValueError, match=r"experts.1.weight': its layer was not called"):
         obs_prices(model, {}, names, [batches[0]])
 
 
