@@ -6,12 +6,14 @@
 
 A row is one network at one sparsity: it is appended to benchmarks/results/quality.jsonl as soon as
 it is measured, and a row that is there already is not measured again. All arms of a (network, seed)
-start from the same dense network, kept in benchmarks/results/.cache.
+start from the same dense network, kept in benchmarks/results/.cache. A row has its fingerprint:
+where the cache was lost, and a new training on another processor rounds otherwise, the rows of the
+old one are measured again.
 
 Families:
     no-retraining  26 stages at a constant rate to 99.5 %, a row at each of six sparsities.
-    fine-tuned     12 epochs of training after the dense ones, an event at the start of the first
-                   8 (or all of them before), the learning rate decayed in the last third. Its base
+    fine-tuned     12 epochs of training after the dense ones, an event after each of the first 8
+                   (or all of them before), the learning rate decayed in the last third. Its base
                    is chosen for each (network, arm) on the validation part by seeds of their own.
     structured     the same training, whole hidden units removed, a row at each of two shares; half
                    of the arms are torch-pruning's, of the extra `removal`.
@@ -49,7 +51,9 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "quality.jsonl"
 TUNING_SEEDS = (1000, 1001)  # two: 400 digits tell rates apart to a point and a half
 TUNED_AT = (0.95, 0.98)  # but for the structured arms, which are tuned at both of their shares
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 2e-2, 4e-2)  # of six arms on two networks all lost at 6e-2
+NO_PRUNING = "no-pruning"
+"""The arm that trains as long as the others and removes nothing."""
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
@@ -59,22 +63,18 @@ def _orders() -> dict[str, list[str]]:
     """Return family -> its arms, the most telling first."""
     from benchmarks.quality_trainers import MODEL_PRUNING, RECIPE  # noqa: PLC0415  (Lightning)
 
-    first, rest = ["taylor", "magnitude-global", "obs"], list(arms.CRITERIA_NAMES)
-    rest = [criterion for criterion in rest if criterion not in first]
-    plain = [*first, *(f"{criterion}+layers" for criterion in first)]
+    first = ["taylor", "magnitude-global", "obc"]
+    criteria = [*first, *(name for name in arms.CRITERIA_NAMES if name not in first)]
+    layers = [f"{criterion}+layers" for criterion in criteria]
     outputs = ["obs+outputs", "obc+outputs", "taylor+outputs"]
     shifted = ["obs+outputs+shifts", "obs+layers+shifts", "taylor+outputs+shifts"]
-    late = [*rest, *(f"{criterion}+layers" for criterion in rest)]
-    distilled = [f"{arm}+distill" for arm in plain]
-    late_distilled = [f"{arm}+distill" for arm in late]
-    ablations = [arm for arm in RECIPE if arm != "recipe"]
-    firsts = [f"{arm}+first" for arm in ("obs+outputs", "obs+layers", "obc+outputs")]
-    firsts.append("obs+outputs+shifts+first")
     return {
-        "no-retraining": [*plain, *outputs, *shifted, *late],
+        "no-retraining": [*criteria, *outputs, *shifted, *layers],
         "fine-tuned": [
-            "taylor", "recipe", *MODEL_PRUNING, *firsts, *plain[1:], *distilled, *late[: len(rest)],
-            *ablations, *late[len(rest) :], *late_distilled,
+            "taylor", "recipe", *MODEL_PRUNING, NO_PRUNING, *criteria[1:],
+            *(arm for arm in RECIPE if arm != "recipe"),
+            *(f"{arm}+distill" for arm in layers),
+            "obs+layers+first", "obs+outputs+first",
         ],
         units_removed.FAMILY: list(units_removed.ARMS),
     }  # fmt: skip
@@ -143,6 +143,7 @@ def write_result(
         "sparsity": share,
         "accuracy": subjects.accuracy(net, test),
         "dense": subjects.accuracy(dense, test),
+        "start": subjects.fingerprint(dense),
         **facts(unit, net, dense),
         **more,
     }
@@ -158,6 +159,8 @@ def train(
     options = {"target": share, "lr": lr, "seed": unit.seed}
     if unit.arm in units_removed.ARMS:
         net = units_removed.structured(dense, unit.network, unit.arm, **options)
+    elif unit.arm == NO_PRUNING:
+        net = arms.trained_on(dense, unit.network, lr=lr, seed=unit.seed)
     elif unit.arm.startswith(("ModelPruning", "recipe")):
         from benchmarks.quality_trainers import in_trainer  # noqa: PLC0415  (imports Lightning)
 
@@ -176,23 +179,28 @@ def train(
 def tuned_rate(unit: Unit, path: Path, cache: Path) -> float:
     """Return the best learning rate of an arm on the validation part; measure what is missing."""
     runs = [Unit(unit.network, seed, "tuning", unit.arm) for seed in TUNING_SEEDS]
-    tuned_at = units_removed.SHARES if unit.family == units_removed.FAMILY else TUNED_AT
     cases = [
         {**asdict(tuning), "sparsity": s, "lr": lr}
         for tuning in runs
         for lr in RATES
-        for s in tuned_at
+        for s in tuned_at(unit)
     ]
+    rows = read_rows(path)
     for case in cases:
-        if key(case) in read_rows(path):
-            continue
         tuning = Unit(**{part: case[part] for part in asdict(unit)})
         dense = subjects.dense(unit.network, tuning.seed, cache)
+        start = subjects.fingerprint(dense)
+        if rows.get(key(case), {}).get("start") == start:
+            continue
+        rows = read_rows(path)  # another process may have been at it
+        if rows.get(key(case), {}).get("start") == start:
+            continue
         net, seconds = train(tuning, dense, case["sparsity"], case["lr"], cache)
         validation = subjects.validation_part(unit.network)
         measured = {
             "accuracy": subjects.accuracy(net, validation),
             "loss": subjects.mean_loss(net, validation),
+            "start": start,
             **facts(tuning, net, dense),
             "seconds": seconds,
         }
@@ -214,34 +222,46 @@ def run(
 ) -> str:
     """Measure what is missing of a unit, by default at its family's shares; return a line on it."""
     torch.set_num_threads(threads)
-    if shares is None:
-        structured = unit.family == units_removed.FAMILY
-        shares = units_removed.SHARES if structured else arms.TARGETS
-    there = read_rows(path)
-    missing = [s for s in shares if key({**asdict(unit), "sparsity": s}) not in there]
     start = time.perf_counter()
     try:
-        if missing:
-            _measure(unit, missing, path, cache)
+        count = _measure(unit, shares_of(unit) if shares is None else shares, path, cache)
     except Exception:  # noqa: BLE001  (one arm that fails must not end a night's run)
         return f"FAILED {unit}\n{traceback.format_exc()}"
-    return f"{time.perf_counter() - start:7.1f} s  {len(missing)} new rows  {unit}"
+    return f"{time.perf_counter() - start:7.1f} s  {count} new rows  {unit}"
 
 
-def _measure(unit: Unit, missing: list[float], path: Path, cache: Path) -> None:
+def shares_of(unit: Unit) -> tuple[float, ...]:
+    """Return the sparsities at which a unit is measured."""
+    if unit.arm == NO_PRUNING:
+        return (0.0,)
+    return units_removed.SHARES if unit.family == units_removed.FAMILY else arms.TARGETS
+
+
+def tuned_at(unit: Unit) -> tuple[float, ...]:
+    """Return the sparsities at which the learning rate of a unit is chosen."""
+    return TUNED_AT if shares_of(unit) == arms.TARGETS else shares_of(unit)
+
+
+def _measure(unit: Unit, shares: tuple[float, ...], path: Path, cache: Path) -> int:
+    """Write the rows that are not there, or are of another dense network or learning rate."""
     dense = subjects.dense(unit.network, unit.seed, cache)
+    lr = None if unit.family == "no-retraining" else tuned_rate(unit, path, cache)
+    valid = {"start": subjects.fingerprint(dense), **({} if lr is None else {"lr": lr})}
+    rows = read_rows(path)
+    there = {s: rows.get(key({**asdict(unit), "sparsity": s}), {}) for s in shares}
+    missing = [s for s in shares if not valid.items() <= there[s].items()]
     write = partial(write_result, path, unit)
-    if unit.family == "no-retraining":
+    if lr is None and missing:
         arm = arms.Arm.named(unit.arm)
         path_down = arms.without_retraining(dense, unit.network, arm, unit.seed, max(missing))
         for share, net, seconds in path_down:
             if share in missing:
                 write(share, net, dense, seconds=seconds)
-        return
-    lr = tuned_rate(unit, path, cache)
-    for share in missing:
-        net, seconds = train(unit, dense, share, lr, cache)
-        write(share, net, dense, seconds=seconds, lr=lr)
+    elif lr is not None:
+        for share in missing:
+            net, seconds = train(unit, dense, share, lr, cache)
+            write(share, net, dense, seconds=seconds, lr=lr)
+    return len(missing)
 
 
 def units(
@@ -259,14 +279,10 @@ def units(
 
 
 def _says_something(unit: Unit) -> bool:
-    """Return whether a network has what an arm is about."""
+    """Return whether a network has what an arm is about, and can afford it."""
     subject = subjects.SUBJECTS[unit.network]
-    if "outputs" in unit.arm and not unit.arm.startswith("obs"):  # where refits are worth most
-        return unit.network == "784-40-20-10"
-    if unit.network.startswith("LeNet") and unit.family == "fine-tuned" and "+" in unit.arm:
-        arm = arms.Arm.named(unit.arm)
-        if arm.layers != arm.distill and not arm.first:
-            return False  # together only: what each is worth alone, the small networks show
+    if "outputs" in unit.arm and unit.network != "784-40-20-10":  # where refits are worth most
+        return unit.arm.startswith("obs") and unit.network != "LeNet-5"  # hours
     if unit.family == units_removed.FAMILY:
         return unit.network in units_removed.NETWORKS
     if "shifts" in unit.arm:  # copies like those that the dense network was trained on

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality_networks import Batches, moved, train_part
+from benchmarks.quality_networks import Batches, fingerprint, moved, train_part
 from lightning_prune._types import Masks, Scores
 from lightning_prune.masking import MaskKeeper, find_prunable
 from lightning_prune.passes.teacher import Teacher
@@ -203,14 +203,21 @@ def event_share(event: int, target: float, events: int = EVENTS) -> float:
 def fine_tuned(
     dense: nn.Module, name: str, arm: Arm, *, target: float, lr: float, seed: int
 ) -> nn.Module:
-    """Return a copy of ``dense`` that was pruned at the start of 8 of 12 epochs of training."""
+    """Return a copy of ``dense`` that was pruned after each of the first 8 of 12 epochs."""
     net = copy.deepcopy(dense).train()
     descent = Descent(net, name, arm, seed, trained=True)
 
     def prune(epoch: int) -> Masks | None:
-        return descent(event_share(epoch, target)) if epoch < EVENTS else None
+        return descent(event_share(epoch - 1, target)) if 1 <= epoch <= EVENTS else None
 
     train(net, dense, name, prune, lr=lr, seed=seed, distill=arm.distill)
+    return net
+
+
+def trained_on(dense: nn.Module, name: str, *, lr: float, seed: int) -> nn.Module:
+    """Return a copy of ``dense`` that had the same 12 epochs of training, and lost nothing."""
+    net = copy.deepcopy(dense).train()
+    train(net, dense, name, lambda epoch: None, lr=lr, seed=seed, distill=False)
     return net
 
 
@@ -223,7 +230,8 @@ def pruned_first(
     """
     parts = ("layers", "outputs", "shifts")
     text = "+".join([arm.criterion, *(part for part in parts if getattr(arm, part))])
-    files = {share: cache / f"{name}-{seed}-{text}-{share}.pt" for share in TARGETS}
+    start = f"{name}-{seed}-{fingerprint(dense)}-{text}"
+    files = {share: cache / f"{start}-{share}.pt" for share in TARGETS}
     if not files[target].exists():
         for share, pruned, seconds in without_retraining(dense, name, arm, seed):
             part = files[share].with_suffix(f".{os.getpid()}")

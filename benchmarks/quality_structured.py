@@ -201,7 +201,7 @@ def _rate(target: float, steps: int) -> list[float]:
 def structured(
     dense: nn.Module, name: str, arm: str, *, target: float, lr: float, seed: int
 ) -> nn.Module:
-    """Return a copy of ``dense`` that lost units at the start of 8 of 12 epochs of training."""
+    """Return a copy of ``dense`` that lost units after each of the first 8 of 12 epochs."""
     net = copy.deepcopy(dense).train()
     batches = Batches(name, seed)
     steps, step = EPOCHS * len(batches), 0
@@ -213,8 +213,8 @@ def structured(
         Masked(net, name, arm, adam) if arm in CRITERIA else Cut(net, name, arm, adam, target)
     )
     for epoch in range(EPOCHS):
-        if epoch < EVENTS:
-            remover(event_share(epoch, target))
+        if 1 <= epoch <= EVENTS:
+            remover(event_share(epoch - 1, target))
         for x, y in batches:
             for group in remover.optimizer.param_groups:
                 group["lr"] = lr * learning_rate(step, steps)

@@ -101,10 +101,10 @@ def model_pruning(module: Classifier, arm: str, target: float) -> ModelPruning:
 
     Each of its events removes a share of the weights still there. ``"ModelPruning"`` leaves
     everything else at its default: an event at the end of every epoch, also of the last.
-    ``"ModelPruning-same"`` has the last event where the other arms have theirs, and their decay of
-    the learning rate; it cannot prune before the first epoch, so it has one event less.
+    ``"ModelPruning-same"`` has its events where the other arms have theirs, and their decay of the
+    learning rate.
     """
-    events = EPOCHS if arm == "ModelPruning" else EVENTS - 1
+    events = EPOCHS if arm == "ModelPruning" else EVENTS
     modules = dict(module.named_modules())
     owners = [weight.rpartition(".") for weight in find_prunable(module).parameters]
     return ModelPruning(
