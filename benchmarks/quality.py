@@ -46,14 +46,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import quality_arms as arms
 from benchmarks import quality_networks as subjects
 from benchmarks import quality_structured as units_removed
+from benchmarks.quality_statistics import NO_PRUNING
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "quality.jsonl"
 TUNING_SEEDS = (1000, 1001)  # two: 400 digits tell rates apart to a point and a half
 TUNED_AT = (0.95, 0.98)  # but for the structured arms, which are tuned at both of their shares
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)  # of six arms on two networks all lost at 6e-2
-NO_PRUNING = "no-pruning"
-"""The arm that trains as long as the others and removes nothing."""
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]

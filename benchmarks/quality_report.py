@@ -2,14 +2,15 @@
 
     python benchmarks/quality_report.py
 
-Nothing on the page comes from anywhere else. Run it at any time: it shows what there is.
+Nothing on the page comes from anywhere else. Run it at any time: it shows what there is. Where a
+network has no rows of a family yet, those of the first run stand in (quality-first.jsonl), and the
+page says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,43 +19,20 @@ from string import Template
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import quality_arms as arms
+from benchmarks import quality_structured as units_removed
 from benchmarks.quality import ROWS, read_rows, units
 from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
-from benchmarks.quality_statistics import Estimate, Row, Table, estimate
+from benchmarks.quality_statistics import NO_PRUNING, Estimate, Row, Table, difference, estimate
+from benchmarks.quality_wording import cell, label, mark, markdown, name_of, order, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path(__file__).parent / "quality_page.md"
-LABELS = {
-    "random": "random",
-    "magnitude-layer": "\\|w\\| per layer",
-    "magnitude-global": "\\|w\\| global",
-    "snip": "\\|w g\\|",
-    "saliency": "R",
-    "taylor": "w² R",
-    "w2-fisher": "w² Fisher",
-    "w2-empirical-fisher": "w² empirical Fisher",
-    "obs": "OBS",
-    "obc": "OBC",
-    "ModelPruning": "ModelPruning",
-    "ModelPruning-same": "ModelPruning, our schedule",
-    "recipe": "recipe",
-    "recipe-distill": "recipe + distillation",
-    "recipe-layers": "recipe + layers",
-    "recipe-no-decay": "recipe without decay",
-    "recipe-one-shot": "recipe in one shot",
-    "recipe-no-batch-norm": "recipe without batch norm's new statistics",
-    "recipe-obs": "recipe by OBS",
-    "recipe-taylor": "recipe by w² R",
-    "recipe-fisher": "recipe by w² Fisher",
-    "unit-magnitude": "\\|w\\|, units",
-    "unit-taylor": "w² R, units",
-    "torch-pruning-magnitude": "torch-pruning, magnitude",
-    "torch-pruning-taylor": "torch-pruning, Taylor",
-}
+FIRST = ROWS.with_name("quality-first.jsonl")
+"""The first run: see the page."""
 REFERENCES = {
     "no-retraining": ("dense", "magnitude-global", "taylor"),
-    "fine-tuned": ("dense", "ModelPruning", "ModelPruning-same", "taylor"),
+    "fine-tuned": ("dense", NO_PRUNING, "ModelPruning", "ModelPruning-same", "taylor"),
     "structured": ("dense", "torch-pruning-magnitude", "torch-pruning-taylor"),
 }
 TARGETS = (
@@ -62,62 +40,19 @@ TARGETS = (
     *(("no-retraining", "784-40-20-10", arm, None, s, goal)
       for arm in ("obs+outputs", "obs+outputs+shifts")
       for s, goal in ((0.9, 94.0), (0.95, 93.0), (0.98, 91.0))),
-    *(("fine-tuned", "784-128-10", "recipe", "dense", s, goal)
+    *(("fine-tuned", "784-128-10", "recipe", other, s, goal)
+      for other in ("dense", NO_PRUNING)
       for s, goal in ((0.95, -0.3), (0.98, -1.0), (0.99, -2.5))),
-    *(("fine-tuned", "784-128-10", "recipe", "ModelPruning", s, goal)
+    *(("fine-tuned", "784-128-10", "recipe", other, s, goal)
+      for other in ("ModelPruning", "ModelPruning-same")
       for s, goal in ((0.95, 0.5), (0.98, 3.0), (0.99, 8.0))),
-    ("fine-tuned", "LeNet-300-100", "recipe", "dense", 0.95, -0.3),
-    ("fine-tuned", "LeNet-300-100", "recipe", "dense", 0.985, -1.0),
+    *(("fine-tuned", "LeNet-300-100", "recipe", other, s, goal)
+      for other in ("dense", NO_PRUNING)
+      for s, goal in ((0.95, -0.3), (0.985, -1.0))),
 )  # fmt: skip
-"""What was to be reached, written down before the runs."""
-
-
-def label(arm: str) -> str:
-    """Return how an arm is called on the page."""
-    base, *parts = arm.split("+")
-    named = {
-        "layers": "layers",
-        "outputs": "outputs",
-        "shifts": "shifts",
-        "first": "first",
-        "distill": "distillation",
-    }
-    return " + ".join([LABELS.get(base, base), *(named[part] for part in parts)])
-
-
-def percent(share: float) -> str:
-    """Return a share as it heads a column."""
-    return f"{100 * share:g} %"
-
-
-def cell(found: Estimate | None, *, sign: bool = False, most: int = 0) -> str:
-    """Return mean and half width, e.g. ``"93.1 ± 0.4"``."""
-    if found is None:
-        return ""
-    text = f"{found.mean:+.1f}" if sign else f"{found.mean:.1f}"
-    text += f" ± {found.half:.1f}" if math.isfinite(found.half) else ""
-    return text + (f" <sub>({found.seeds})</sub>" if found.seeds < most else "")
-
-
-def mark(found: Estimate | None) -> str:
-    """Return a sign if the interval of a difference excludes 0."""
-    if found is None or not (found.above_zero or found.below_zero):
-        return ""
-    return " ▲" if found.above_zero else " ▽"
-
-
-def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Return a table whose first column is text and the rest numbers."""
-    head = list(head)
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
-def order(arm: str) -> tuple[int, int, str]:
-    """Sort arms: criteria as the package has them, each with its variants; then the others."""
-    base = arm.split("+", maxsplit=1)[0]
-    known = [*reversed(arms.CRITERIA_NAMES), *LABELS]
-    return known.index(base) if base in known else len(known), arm.count("+"), arm
+"""What was to be reached. The goals are of before all runs; the arms that are held to them without
+retraining, and the comparisons with the dense network trained on and with ModelPruning by our
+schedule, were added later."""
 
 
 def accuracy_table(table: Table, family: str) -> str:
@@ -135,9 +70,7 @@ def accuracy_table(table: Table, family: str) -> str:
             elif values and (gap := table.against(arm, share, best[share])) and gap.below_zero:
                 text += " ▽"
             line.append(text)
-        # Of a path the last row has the time of all of it.
-        cost = max if family == "no-retraining" else statistics.fmean
-        line.append(f"{cost(table.seconds[arm]):.1f}")
+        line.append(f"{table.cost(arm, path=family == 'no-retraining'):.1f}")
         if family != "no-retraining":
             line.append(f"{table.rates[arm]:g}" if arm in table.rates else "")
         lines.append(line)
@@ -146,7 +79,7 @@ def accuracy_table(table: Table, family: str) -> str:
 
 
 def difference_table(table: Table, other: str) -> str:
-    """Return the paired differences of all arms to one of them, or to the dense network."""
+    """Return the paired differences of all arms to one of them, or to the dense networks."""
     lines = []
     for arm in sorted(table.accuracies, key=order):
         found = [table.against(arm, share, other) for share in table.shares]
@@ -172,10 +105,16 @@ def off_target(table: Table) -> str:
 
 
 def unmeasured(table: Table, network: str, family: str) -> str:
-    """Return a line on arms without any row."""
-    planned = {unit.arm for unit in units([network], 1, [family], ["*"])}
+    """Return a line on arms without any row, and on those with fewer seeds than others."""
+    planned = {unit.arm for unit in units([network], 1, [family], ["*"])} - {NO_PRUNING}
     gaps = sorted(planned - set(table.accuracies), key=order)
-    return f"Not measured: {', '.join(map(label, gaps))}.\n" if gaps else ""
+    text = f"Not measured: {', '.join(map(label, gaps))}." if gaps else ""
+    seeds = {arm: min(map(len, cells.values())) for arm, cells in table.accuracies.items()}
+    fewer = sorted((arm for arm in seeds if seeds[arm] < max(seeds.values())), key=order)
+    if fewer:
+        named = ", ".join(f"{label(arm)} ({seeds[arm]})" for arm in fewer)
+        text += f" Fewer than {max(seeds.values())} seeds: {named}."
+    return text + "\n" if text else ""
 
 
 def sizes(table: Table, network: str) -> str:
@@ -191,6 +130,18 @@ def sizes(table: Table, network: str) -> str:
     return f"Parameters, {full:,} in the dense network: {'; '.join(parts)}.\n"
 
 
+def dense_line(table: Table) -> str:
+    """Return a line on the dense networks, and on a table that is of the first run."""
+    dense = table.dense_values()
+    text = f"Dense: {cell(estimate(dense.values()))}, {len({seed for seed, _ in dense})} seeds"
+    if table.trained_on:
+        rate = table.rates[NO_PRUNING]
+        on = cell(estimate(table.trained_on.values()))
+        text += f"; after 12 more epochs with nothing removed {on} (rate {rate:g})"
+    first = " **Of the first run**, see above." if table.of_first_run else ""
+    return f"{text}.{first}\n"
+
+
 def section(tables: dict[str, Table], network: str, images: Path) -> str:
     """Return a network's part of the page, and draw its curves."""
     picture = images / f"quality-{network}.png"
@@ -204,17 +155,20 @@ def section(tables: dict[str, Table], network: str, images: Path) -> str:
             if next(units([network], 1, [family], ["*"]), None):
                 text.append(f"### {network}: {title.lower()}\n\nNot measured.\n")
             continue
-        seeds = len(table.dense_values())
-        dense = cell(estimate(table.dense_values().values()))
-        text += [f"### {network}: {title.lower()}\n", f"Dense: {dense}, {seeds} seeds.\n"]
+        text += [f"### {network}: {title.lower()}\n", dense_line(table)]
         note = sizes(table, network) if table.parameters else off_target(table)
         text += [accuracy_table(table, family) + "\n", note, unmeasured(table, network, family)]
         for other in REFERENCES[family]:
-            if other == "dense" or other in table.accuracies:
-                name = "the dense network" if other == "dense" else label(other).replace("\\", "")
-                heading = f"Paired differences to {name}"
-                text.append(folded(heading, difference_table(table, other)) + "\n")
+            differences = difference_table(table, other)
+            if differences.count("\n") > 1:
+                heading = f"Paired differences to {name_of(other)}".replace("\\", "")
+                text.append(folded(heading, differences) + "\n")
     return "\n".join(part for part in text if part)
+
+
+def titled(network: str, table: Table) -> str:
+    """Return a network's name, and whether what is said of it is of the first run."""
+    return f"{network} (first run)" if table.of_first_run else network
 
 
 def targets(table_of: Callable[[str, str], Table]) -> str:
@@ -227,11 +181,13 @@ def targets(table_of: Callable[[str, str], Table]) -> str:
             found = estimate(values.values()) if values else None
         else:
             found = table.against(arm, share, other)
-        what = f"points to {'dense' if other == 'dense' else label(other)}" if other else "accuracy"
+        what = f"points to {name_of(other)}" if other else "accuracy"
         verdict = "not measured"
         if found:
-            verdict = "reached" if found.mean >= goal else "**not reached**"
-        named = [f"{network}, {label(arm)}, {TITLES[family].lower()}: {what}", percent(share)]
+            sure = found.above_zero if str(other).startswith("ModelPruning") else True
+            verdict = "reached" if found.mean >= goal and sure else "**not reached**"
+        place = titled(network, table)
+        named = [f"{place}, {label(arm)}, {TITLES[family].lower()}: {what}", percent(share)]
         shown = f"{goal:+g}" if other else f"{goal:g}"
         lines.append([*named, shown, cell(found, sign=bool(other)), verdict])
     return "## What was to be reached\n\n" + markdown(
@@ -250,34 +206,82 @@ def parts_of_the_recipe(tables: dict[str, Table]) -> str:
         for arm in sorted((a for a in table.accuracies if a.startswith("recipe-")), key=order):
             found = [table.against(arm, share, "recipe") for share in arms.TARGETS]
             cells = [cell(e, sign=True) + mark(e) for e in found]
-            lines.append([f"{network}: {label(arm)}", *cells])
-    return markdown(["", *map(percent, arms.TARGETS)], lines)
+            rates = [f"{table.rates[a]:g}" if a in table.rates else "" for a in (arm, "recipe")]
+            lines.append([f"{titled(network, table)}: {label(arm)}", *cells, " / ".join(rates)])
+    return markdown(["", *map(percent, arms.TARGETS), "rate / recipe's"], lines)
 
 
-def above_the_recipe(tables: dict[str, Table]) -> str:
-    """Return the arms that are better than the recipe by an interval that excludes 0."""
+def above_the_recipe(tables: dict[str, dict[str, Table]]) -> tuple[str, int]:
+    """Return the arms that are better than the recipe by an interval that excludes 0.
+
+    Args:
+        tables: Network -> family -> table.
+
+    Returns:
+        The table, and of how many comparisons these are the outcome.
+    """
+    lines, count = [], 0
+    for network, families in tables.items():
+        recipe = families["fine-tuned"].accuracies.get("recipe", {})
+        line = [titled(network, families["fine-tuned"])]
+        for share in arms.TARGETS:
+            found: dict[str, Estimate] = {}
+            for family in ("fine-tuned", "no-retraining"):
+                after = "" if family == "fine-tuned" else ", no retraining"
+                for arm, cells in families[family].accuracies.items():
+                    gap = difference(cells.get(share, {}), recipe.get(share, {}))
+                    if gap and arm != "recipe":
+                        found[label(arm) + after] = gap
+            count += len(found)
+            sure = {arm: gap for arm, gap in found.items() if gap.above_zero}
+            ordered = sorted(sure, key=lambda arm: -sure[arm].mean)
+            line.append("; ".join(f"{arm} {cell(sure[arm], sign=True)}" for arm in ordered))
+        lines.append(line)
+    return markdown(["", *map(percent, arms.TARGETS)], lines), count
+
+
+def units_lost(tables: dict[str, Table]) -> str:
+    """Return by how much each structured arm of ours differs from torch-pruning's better one.
+
+    Args:
+        tables: Those of the structured arms, by network.
+    """
     lines = []
     for network, table in tables.items():
-        line = [network]
-        for share in arms.TARGETS:
-            found = {arm: table.against(arm, share, "recipe") for arm in table.accuracies}
-            sure = {arm: gap for arm, gap in found.items() if gap and gap.above_zero}
-            ordered = sorted(sure, key=lambda arm: -sure[arm].mean)
-            line.append("; ".join(f"{label(arm)} {cell(sure[arm], sign=True)}" for arm in ordered))
-        lines.append(line)
-    return markdown(["", *map(percent, arms.TARGETS)], lines)
+        for arm in (a for a in units_removed.CRITERIA if a in table.accuracies):
+            line = [f"{titled(network, table)}: {label(arm)}"]
+            for share in units_removed.SHARES:
+                found = [table.against(arm, share, other) for other in units_removed.IMPORTANCES]
+                worst = min((e for e in found if e), key=lambda e: e.mean, default=None)
+                line.append(cell(worst, sign=True) + mark(worst))
+            lines.append(line)
+    return markdown(["", *map(percent, units_removed.SHARES)], lines)
 
 
-def write(rows: Iterable[Row], page: Path) -> None:
-    """Write the page and, beside it, its pictures."""
-    rows = list(rows)
+def write(rows: Iterable[Row], page: Path, first: Iterable[Row] = ()) -> None:
+    """Write the page and, beside it, its pictures.
+
+    Args:
+        rows: What was measured.
+        page: The file.
+        first: Rows of the first run, for what has no others.
+    """
+    rows, first = list(rows), list(first)
     tables = {n: {f: Table.of(rows, f, n) for f in TITLES} for n in SUBJECTS}
+    for network, family in itertools.product(SUBJECTS, TITLES):
+        if not tables[network][family].accuracies:
+            tables[network][family] = Table.of(first, family, network)
     measured = [n for n in SUBJECTS if any(t.accuracies for t in tables[n].values())]
-    tuned = {n: tables[n]["fine-tuned"] for n in measured if tables[n]["fine-tuned"].accuracies}
+    by_family = {f: {n: tables[n][f] for n in measured if tables[n][f].accuracies} for f in TITLES}
+    tuned = by_family["fine-tuned"]
+    losses, count = above_the_recipe({n: tables[n] for n in tuned})
     parts = {
         "count": f"{len(rows):,}",
         "recipe_parts": parts_of_the_recipe(tuned),
-        "recipe_losses": above_the_recipe(tuned),
+        "recipe_losses": losses,
+        "comparisons": f"{count:,}",
+        "by_chance": f"{count / 40:.0f}",
+        "units_lost": units_lost(by_family["structured"]),
         "targets": targets(lambda family, network: tables[network][family]),
         "networks": "\n".join(section(tables[n], n, page.parent / "images") for n in measured),
     }
@@ -292,7 +296,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     options = parser.parse_args()
     rows = read_rows(options.rows).values()
-    write(rows, options.page)
+    write(rows, options.page, read_rows(FIRST).values())
     print(f"{options.page}: {len(rows)} rows")
 
 

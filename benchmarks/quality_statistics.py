@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,8 +12,12 @@ from typing import Any
 from scipy.stats import t as student
 
 Row = dict[str, Any]
-Values = dict[int, float]
-"""Seed -> accuracy in percent, or whatever else a row says."""
+Start = tuple[int, str]
+"""A seed, and the fingerprint of its dense network: what makes two rows a pair."""
+Values = dict[Start, float]
+"""Start -> accuracy in percent, or whatever else a row says."""
+NO_PRUNING = "no-pruning"
+"""The arm that trains as long as the others and removes nothing."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def difference(a: Values, b: Values) -> Estimate | None:
-    """Return ``a - b`` over the seeds that both have; None if there are none.
+    """Return ``a - b`` over the dense networks that both started from; None if there are none.
 
-    Both started from the same dense network, so what that seed's network is worth cancels.
+    What a seed's network is worth cancels.
     """
     shared = sorted(a.keys() & b.keys())
-    return estimate(a[seed] - b[seed] for seed in shared) if shared else None
+    return estimate(a[start] - b[start] for start in shared) if shared else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class Table:
 
     accuracies: dict[str, dict[float, Values]]
     dense: dict[str, dict[float, Values]]
-    seconds: dict[str, list[float]]
+    trained_on: Values
+    """The dense networks after as much training as the arms had, nothing removed."""
+    seconds: dict[str, dict[float, Values]]
     reached: dict[str, dict[float, Values]]
     rates: dict[str, float]
     parameters: dict[float, set[int]]
@@ -79,18 +85,23 @@ class Table:
     @classmethod
     def of(cls, rows: Iterable[Row], family: str, network: str) -> Table:
         """Gather the rows by arm and sparsity."""
-        table = cls({}, {}, {}, {}, {}, {})
+        table = cls({}, {}, {}, {}, {}, {}, {})
         for row in rows:
             if (row["family"], row["network"]) != (family, network):
                 continue
-            arm, share, seed = row["arm"], row["sparsity"], row["seed"]
+            arm, share = row["arm"], row["sparsity"]
+            start = row["seed"], row.get("start", "")
+            if arm == NO_PRUNING:
+                table.trained_on[start] = row["accuracy"]
+                table.rates[arm] = row["lr"]
+                continue
             for part, kind in (
                 (table.accuracies, "accuracy"),
                 (table.dense, "dense"),
                 (table.reached, "reached"),
+                (table.seconds, "seconds"),
             ):
-                part.setdefault(arm, {}).setdefault(share, {})[seed] = row[kind]
-            table.seconds.setdefault(arm, []).append(row["seconds"])
+                part.setdefault(arm, {}).setdefault(share, {})[start] = row[kind]
             if "lr" in row:
                 table.rates[arm] = row["lr"]
             if "parameters" in row:
@@ -110,14 +121,29 @@ class Table:
         return max(complete, key=lambda arm: statistics.fmean(complete[arm].values()))
 
     def dense_values(self) -> Values:
-        """Return the dense networks' accuracies by seed."""
+        """Return the dense networks' accuracies."""
         cells = (cell for by_share in self.dense.values() for cell in by_share.values())
-        return {seed: value for cell in cells for seed, value in cell.items()}
+        return {start: value for cell in cells for start, value in cell.items()}
+
+    @property
+    def of_first_run(self) -> bool:
+        """Whether its rows know no dense network: those of the first run."""
+        return any(not start for _, start in self.dense_values())
 
     def against(self, arm: str, share: float, other: str) -> Estimate | None:
-        """Return the paired difference of an arm to another, or to ``"dense"``."""
+        """Return the paired difference of an arm to another one.
+
+        The other may be ``"dense"``, or ``"no-pruning"``, the dense network trained on.
+        """
         mine = self.accuracies.get(arm, {}).get(share, {})
-        theirs: Mapping[float, Values] = (
-            self.dense.get(arm, {}) if other == "dense" else self.accuracies.get(other, {})
-        )
-        return difference(mine, theirs.get(share, {}))
+        if other == "dense":
+            return difference(mine, self.dense_values())
+        if other == NO_PRUNING:
+            return difference(mine, self.trained_on)
+        return difference(mine, self.accuracies.get(other, {}).get(share, {}))
+
+    def cost(self, arm: str, *, path: bool) -> float:
+        """Return the median seconds of one run: of a path those at its last share."""
+        cells = self.seconds[arm]
+        values = [cells[max(cells)]] if path else list(cells.values())
+        return statistics.median(value for cell in values for value in cell.values())

@@ -28,6 +28,7 @@ def row(arm, seed, accuracy, share=0.9, family="fine-tuned", **more):
         "seed": seed,
         "accuracy": accuracy,
         "dense": 95.0 + seed,
+        "start": f"dense-{seed}",
         "reached": share,
         "seconds": 1.0,
         **more,
@@ -217,7 +218,7 @@ def test_the_page_shows_every_cell_and_marks_the_losers(tmp_path):
     text = page.read_text()
     assert "| w² R | **92.0 ± 5.0** | 1.0 | 0.001 |" in text
     assert "| random | 82.0 ± 5.0 ▽ | 1.0 | 0.001 |" in text
-    assert "| \\|w g\\| | 99.0 <sub>(1)</sub> |" in text
+    assert "| \\|w g\\| (SNIP's) | 99.0 <sub>(1)</sub> |" in text
     assert "| OBS + layers | **90.0 ± 0.0** |" in text
     assert "not measured" in text
     assert (tmp_path / "images" / f"quality-{NETWORK}.png").stat().st_size > 1000
@@ -235,6 +236,54 @@ def test_the_recipe_has_its_parts_and_its_betters_listed(tmp_path):
     assert f"| {NETWORK} |  | w² R +2.0 ± 0.0 |  |" in losses
     assert "w g" not in losses
     assert f"| {NETWORK}: recipe + distillation |  | -2.0 ± 0.0 ▽ |" in text
+    assert "the outcome of 3 comparisons" in losses
+
+
+def test_losses_without_retraining_and_of_whole_units_are_listed(tmp_path):
+    rows = [row("recipe", s, 90.0 + s, lr=1e-3) for s in range(3)]
+    rows += [row("obs+outputs", s, 93.0 + s, family="no-retraining") for s in range(3)]
+    structured = partial(row, family="structured", share=0.5, lr=1e-3, parameters=100)
+    rows += [structured("unit-taylor", s, 90.0 + s) for s in range(3)]
+    rows += [structured("torch-pruning-taylor", s, 91.5 + s) for s in range(3)]
+    page = tmp_path / "quality.md"
+    quality_report.write(rows, page)
+    losses = page.read_text().split("## Where the recipe loses")[1].split("\n## ")[0]
+    assert f"| {NETWORK} |  | OBS + outputs, no retraining +3.0 ± 0.0 |  |" in losses
+    assert f"| {NETWORK}: w² R, units | -1.5 ± 0.0 ▽ |  |" in losses
+
+
+def test_rows_of_different_dense_networks_are_no_pairs(tmp_path):
+    rows = [row("recipe", s, 90.0, lr=1e-3) for s in range(3)]
+    rows += [{**row("taylor", s, 95.0, lr=1e-3), "start": "another"} for s in range(2)]
+    rows += [row("taylor", 2, 91.0, lr=1e-3)]
+    table = Table.of(rows, "fine-tuned", NETWORK)
+    gap = table.against("taylor", 0.9, "recipe")
+    assert (gap.mean, gap.seeds) == (1.0, 1)
+
+
+def test_the_dense_network_trained_on_is_no_arm_and_is_compared_with(tmp_path):
+    rows = [row("recipe", s, 90.0 + s, lr=1e-3) for s in range(3)]
+    rows += [row("no-pruning", s, 96.0 + s, share=0.0, lr=2e-2) for s in range(3)]
+    page = tmp_path / "quality.md"
+    quality_report.write(rows, page)
+    text = page.read_text()
+    assert "after 12 more epochs with nothing removed 97.0 ± 2.5 (rate 0.02)." in text
+    differences = text.split("Paired differences to the dense network trained on")[1]
+    assert "| recipe | -6.0 ± 0.0 ▽ |" in differences.split("</details>")[0]
+
+
+def test_what_the_present_run_lacks_is_shown_of_the_first_one(tmp_path):
+    first = [{k: v for k, v in row("taylor", s, 80.0).items() if k != "start"} for s in range(2)]
+    path_down = [{**r, "family": "no-retraining", "accuracy": 70.0} for r in first]
+    rows = [row("taylor", s, 90.0, lr=1e-3) for s in range(2)]
+    page = tmp_path / "quality.md"
+    quality_report.write(rows, page, [*first, *path_down])
+    tables = page.read_text().split(f"## {NETWORK}\n")[1]
+    assert "80.0" not in tables
+    path_table, tuned = tables.split("12 epochs of training\n", maxsplit=1)
+    assert "**Of the first run**" in path_table
+    assert "**70.0 ± 0.0**" in path_table
+    assert "first run" not in tuned
 
 
 def test_a_table_compares_with_the_dense_network_of_the_same_seed():
