@@ -7,8 +7,7 @@ listened to while their loss is Lightning's to backpropagate; what happens there
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +18,7 @@ from typing_extensions import override
 from lightning_prune._targets import is_number
 from lightning_prune.augment.mixing import Likelihood
 from lightning_prune.callbacks.co_training import RunningMeans
+from lightning_prune.callbacks.dense_weights import DenseWeights, Moment, called, source_fault
 from lightning_prune.callbacks.logit_term import LogitTerm
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
 from lightning_prune.callbacks.reporting import give_back, without_lent
@@ -30,13 +30,14 @@ from lightning_prune.passes.teacher import Teacher
 class DistillationCallback(Callback):
     """Learn from the dense copy of the network, beside the labels.
 
-    The weights before the first pruning event are kept; from then on each training step minimises
-    ``(1 - weight) * loss + weight * T^2 KL(dense || pruned)``, both at temperature T (Hinton,
-    Vinyals and Dean, 2015, "Distilling the knowledge in a neural network"). It costs one forward
-    pass of the dense network a step: there is no second pass of the student, as the mixture is made
-    where the user's loss comes back to the logits. ``training_step`` stays as it is. What part of
-    the loss does not come back through the logits (a penalty on weights, a loss on activations)
-    keeps its full weight, and each call of the network in a step has a term of its own.
+    The weights before the first pruning event are kept, or those that ``teacher`` says; from then
+    on each training step minimises ``(1 - weight) * loss + weight * T^2 KL(dense || pruned)``, both
+    at temperature T (Hinton, Vinyals and Dean, 2015, "Distilling the knowledge in a neural
+    network"). It costs one forward pass of the dense network a step: there is no second pass of the
+    student, as the mixture is made where the user's loss comes back to the logits.
+    ``training_step`` stays as it is. What part of the loss does not come back through the logits (a
+    penalty on weights, a loss on activations) keeps its full weight, and each call of the network
+    in a step has a term of its own.
 
     The dense network answers on the model's own modules, before the student does: your forward
     hooks and counters see two passes, of which the student's is the last.
@@ -47,7 +48,10 @@ class DistillationCallback(Callback):
     it joins what goes through ``self.manual_backward``, and a loss that is divided by hand has a
     term that is not.
 
-    Without a pruner in the Trainer the dense network is the model at the start of the fit.
+    Without a pruner in the Trainer the dense network is the model at the start of the fit. Once the
+    model is pruned, later fits with this callback keep the dense network that they have; as long as
+    it is not, the next fit with a pruner (any, with ``"fit_start"``) takes it anew, and so does a
+    fit of another model.
 
     Args:
         weight: The share of the distance from the dense network, in [0, 1]; the loss has the rest.
@@ -57,11 +61,21 @@ class DistillationCallback(Callback):
             where ``training_step`` calls that instead of ``self(...)``.
         likelihood: How the output is read: ``"categorical"`` logits over classes (last axis of
             (N, C), axis 1 of (N, C, ...)), ``"bernoulli"`` logits, or a ``"gaussian"`` regression.
+        teacher: Where the dense weights come from. ``"before_pruning"``: from the moment before the
+            first event, right where the fit itself trains the dense network. ``"fit_start"``: from
+            the start of the fit, right where the network is trained already, as the epochs before
+            the first event, at a learning rate that starts anew, may have made it worse. A state
+            dict (name to tensor, of the model, or of ``module`` by its own names): these, in each
+            fit; for a network that is pruned before the fit, as :func:`~lightning_prune.prune` does
+            it: ``copy.deepcopy(model.state_dict())`` from before. The latter two are learnt from in
+            the first epoch already. In a resumed run the dense weights are the checkpoint's; a
+            state dict given again comes before them, as every argument does.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
-        PruningSetupError: In a fit: there is no such submodule, a training step never calls it, or
-            its output is neither logits nor has an attribute ``logits``.
+        PruningSetupError: In a fit: a state dict of other names or shapes, or that is the model's
+            own tensors instead of copies; there is no such submodule, a training step never calls
+            it, or its output is neither logits nor has an attribute ``logits``.
 
     Logs ``distill/loss``, the divergence in nats without its weight, once an epoch. The kept
     weights are in every checkpoint.
@@ -80,26 +94,23 @@ class DistillationCallback(Callback):
         *,
         module: str | None = None,
         likelihood: Likelihood = "categorical",
+        teacher: Moment | Mapping[str, Tensor] = "before_pruning",
     ) -> None:
         super().__init__()
-        _check_arguments(weight, temperature, likelihood)
+        _check_arguments(weight, temperature, likelihood, teacher)
         self.weight, self.temperature = weight, temperature
         self.module, self.likelihood = module, likelihood
-        self._term = LogitTerm(weight, temperature, likelihood)
-        self._student: Callable[[], nn.Module | None] | None = None
+        self._dense = DenseWeights(teacher)
+        self._term = LogitTerm(weight, temperature, likelihood, self._dense)
         self._terms = RunningMeans()
-        self._passed = self._warned = self._of_a_start = False
+        self._passed = self._warned = False
         self._joined = True
 
     # ------------------------------------------------------------------ the dense network
 
     @property
     def _teacher(self) -> Teacher | None:
-        return self._term.teacher
-
-    @_teacher.setter
-    def _teacher(self, teacher: Teacher | None) -> None:
-        self._term.teacher = teacher
+        return self._dense.teacher
 
     def scoring_batches(
         self, trainer: Trainer, pl_module: LightningModule, samples: int
@@ -109,44 +120,18 @@ class DistillationCallback(Callback):
 
     def before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights as the teacher, if there is none yet. Called before masks change."""
-        if self._teacher is None:
-            self._teacher = Teacher.of(self._target(pl_module))
+        self._dense.keep(self._target(pl_module))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        refuse_trainer(trainer)
-        if self._student is not None and self._student() is not pl_module:
-            self._teacher = None  # it was another model's
+        if stage == "fit":
+            refuse_trainer(trainer)
+            self._dense.set_up(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A checkpoint has been restored by now: the teacher may have come with it, on the CPU.
-        self._student = weakref.ref(pl_module)
-        target = self._target(pl_module)
-        pruners = pruners_of(trainer)
-        pruned = any(pruner.sparsity > 0 for pruner in pruners)
-        if self._of_a_start and pruners and not pruned:  # it has learnt since, and is dense still
-            self._teacher, self._of_a_start = None, False
-        if self._teacher is None:
-            if pruned:
-                rank_zero_warn(
-                    "DistillationCallback: the model is pruned already and no dense weights were "
-                    "kept, as the checkpoint or the earlier fit had no DistillationCallback. It "
-                    "learns from the pruned model as it is now."
-                )
-                self._teacher = Teacher.of(target)
-            elif not pruners:
-                self._teacher, self._of_a_start = Teacher.of(target), True
-        elif not self._teacher.fits(target):
-            raise PruningSetupError(
-                "DistillationCallback: expected the dense weights from the checkpoint to fit "
-                f"{self._called_name}, but names or shapes differ. Resume with the model that was "
-                "pruned and the same `module`, or use a new DistillationCallback."
-            )
-        else:
-            self._teacher = self._teacher.like(target)
+        self._dense.begin(self._target(pl_module), pruners_of(trainer), self.module)
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is None:
@@ -160,10 +145,6 @@ class DistillationCallback(Callback):
                 f"{self.module!r}. The model's own are {names}."
             ) from None
 
-    @property
-    def _called_name(self) -> str:
-        return "the model" if self.module is None else f"{self.module!r}"
-
     # ------------------------------------------------------------------ training steps
 
     @override
@@ -171,7 +152,7 @@ class DistillationCallback(Callback):
         target = self._target(pl_module)
         # DDP hands training_step over in the disguise of a call of the whole model.
         disguised = target is pl_module and trainer.strategy.model is not pl_module
-        self._term.attach(target, self._called_name, self._took_part, level=int(disguised))
+        self._term.attach(target, called(self.module), self._took_part, level=int(disguised))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,8 +195,8 @@ class DistillationCallback(Callback):
         if self._passed and not self._term.called:
             children = [name for name, _ in pl_module.named_children()]
             raise PruningSetupError(
-                f"DistillationCallback: expected training_step to call {self._called_name}, but it "
-                f"did not, so there are no logits to compare. Name the submodule that it calls: "
+                f"DistillationCallback: expected training_step to call {called(self.module)}, but "
+                f"it did not, so there are no logits to compare. Name the submodule that it calls: "
                 f"`module=` one of {children}, or deeper ones."
             )
 
@@ -226,7 +207,7 @@ class DistillationCallback(Callback):
             self._warned = True
             rank_zero_warn(
                 "DistillationCallback: nothing was learnt from the dense network in this epoch: no "
-                f"loss came back to the output of {self._called_name}. With manual optimization "
+                f"loss came back to the output of {called(self.module)}. With manual optimization "
                 "call `self.manual_backward(loss)`; otherwise name the submodule whose output the "
                 "loss is computed from: `module=`."
             )
@@ -271,19 +252,17 @@ class DistillationCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher": None if self._teacher is None else dict(self._teacher.weights)}
+        return self._dense.pack()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        weights = state_dict["teacher"]
-        self._teacher = None if weights is None else Teacher(weights)
-        self._of_a_start = False  # the run that it is from goes on
+        self._dense.unpack(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_lent(self), "_student": None}  # a weak reference cannot be pickled
+        return without_lent(self)
 
 
-def _check_arguments(weight: float, temperature: float, likelihood: str) -> None:
+def _check_arguments(weight: float, temperature: float, likelihood: str, teacher: Any) -> None:
     faults = [
         f"`{argument}`: expected it to be {wanted}, but got {value!r}"
         for argument, value, fine, wanted in (
@@ -303,5 +282,7 @@ def _check_arguments(weight: float, temperature: float, likelihood: str) -> None
         )
         if not fine
     ]
+    if fault := source_fault(teacher):
+        faults.append(fault)
     if faults:
         raise ValueError("\n- ".join(["DistillationCallback cannot use its arguments:", *faults]))

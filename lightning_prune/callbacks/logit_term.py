@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.augment.mixing import Likelihood, distillation_loss
+from lightning_prune.callbacks.dense_weights import DenseWeights
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, unwrap_logits
@@ -32,24 +33,26 @@ class LogitTerm:
         weight: The share of the term, in [0, 1].
         temperature: As for :func:`distillation_loss`.
         likelihood: How the output is read.
+        dense: Has the dense network; until there is one calls are only looked at.
 
     Attributes:
-        teacher: The dense network; ``None`` until there is one: calls are then only looked at.
         listening: Whether a call belongs to a loss to come.
         factor: What the user's loss is multiplied by, while it is backpropagated; ``None`` at all
             other times, where gradients are the user's own affair.
         called: Whether there was a call since :meth:`attach`.
     """
 
-    def __init__(self, weight: float, temperature: float, likelihood: Likelihood) -> None:
+    def __init__(
+        self, weight: float, temperature: float, likelihood: Likelihood, dense: DenseWeights
+    ) -> None:
         self.weight, self.temperature, self.likelihood = weight, temperature, likelihood
-        self.teacher: Teacher | None = None
+        self.dense = dense
         self.factor: float | None = None
         self.listening = self.called = False
         self._rehearsed = False
         self._handles: list[RemovableHandle] = []
         self._depth = self._level = 0
-        self._dense: Tensor | None = None
+        self._answer: Tensor | None = None
         self._name = ""
         self._took_part: Callable[[Tensor], None] | None = None
 
@@ -91,7 +94,7 @@ class LogitTerm:
         # The dense network first: what a call leaves behind on the module (activations for another
         # loss, say) has to be the student's, and it may change its arguments in place.
         if self._counts():
-            self._dense = self._dense_answer(module, args, kwargs)
+            self._answer = self._dense_answer(module, args, kwargs)
         self._depth += 1
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -100,7 +103,7 @@ class LogitTerm:
             return
         self.called = True
         logits, transposed = self._read(output)
-        dense, self._dense = self._dense, None
+        dense, self._answer = self._answer, None
         if not logits.requires_grad or dense is None:
             return
         # Now, and not on the way back: the step may go on to change its tensors in place.
@@ -109,7 +112,7 @@ class LogitTerm:
         student = leaf.transpose(1, 2) if transposed else leaf
         loss = distillation_loss(student, dense, self.likelihood, self.temperature)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        if self.teacher is not None:
+        if self.dense.teacher is not None:
             hook = self._mixture(loss.detach(), gradient)
             logits.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -119,10 +122,11 @@ class LogitTerm:
 
     def _dense_answer(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """Return what the dense network says, or in the first step the model in its place."""
-        if self.teacher is None and self._rehearsed:
+        teacher = self.dense.teacher
+        if teacher is None and self._rehearsed:
             return None
         # Where it has to work hours later, it is tried in the first step with the model itself.
-        teacher = Teacher.of(module) if self.teacher is None else self.teacher
+        teacher = Teacher.of(module) if teacher is None else teacher
         self._rehearsed = True
         call = change_tensors((args, kwargs), Tensor.clone)
         device = next(iter(teacher.weights.values())).device

@@ -49,9 +49,10 @@ def best(
         criterion: As for :class:`SaliencyPruningCallback`. ``"obc"`` has prices for linear layers
             and convolutions; with others in the model exclude them, or choose ``"taylor"``.
         refit: As for :class:`SaliencyPruningCallback`.
-        distill: The weight of the distillation, False or 0 for none, True for 0.5; or a
-            :class:`DistillationCallback`, for instance with ``module=`` where ``training_step``
-            calls a submodule.
+        distill: The weight of the distillation from the network that the fit begins with, False or
+            0 for none, True for 0.5; or a :class:`DistillationCallback`, for instance with
+            ``module=`` where ``training_step`` calls a submodule, or with ``teacher=`` the dense
+            weights where ``masks`` are given.
         decay: Let the learning rate fall at the end; for a module without schedulers of its own.
         batch_norm: Estimate batch norm statistics at the end.
         **pruner: Further arguments of :class:`SaliencyPruningCallback`, such as ``selection``;
@@ -87,7 +88,8 @@ def best(
     elif distill:
         likelihood = pruner.get("likelihood", "categorical")
         weight = 0.5 if distill is True else distill
-        callbacks.append(DistillationCallback(weight, likelihood=likelihood))
+        # What comes is trained: its best moment is now, not after an epoch at a rate that restarts.
+        callbacks.append(DistillationCallback(weight, likelihood=likelihood, teacher="fit_start"))
     if decay:
         callbacks.append(LearningRateDecay(pruning_epochs(epochs)))
     if batch_norm:

@@ -42,6 +42,35 @@ class Teacher:
         named = [*module.named_parameters(), *module.named_buffers()]
         return cls({name: tensor.detach().clone() for name, tensor in named})
 
+    @classmethod
+    def given(cls, module: nn.Module, weights: Mapping[str, Tensor]) -> Teacher:
+        """Keep copies of the weights of a state dict of ``module``, as it would load them.
+
+        What its own state dict leaves out (buffers that are not persistent) is as it is now.
+
+        Raises:
+            ValueError: Names are missing or unknown, or shapes differ; the message begins in the
+                middle of a sentence.
+        """
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        known = module.state_dict().keys()
+        shapes = [
+            f"{name!r} is {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in named.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ]
+        missing = [f"{n!r} is missing" for n in named if n in known and n not in weights]
+        unknown = [f"{n!r} is unknown" for n in weights if n not in known]
+        if faults := [*shapes, *missing, *unknown]:
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise ValueError(f"{', '.join(faults[:3])}{more}")
+        return cls(
+            {
+                name: weights.get(name, tensor).detach().to(tensor, copy=True)
+                for name, tensor in named.items()
+            }
+        )
+
     def like(self, module: nn.Module) -> Teacher:
         """Return these weights on the device and in the precision of the module's own."""
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
