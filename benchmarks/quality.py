@@ -284,6 +284,8 @@ def _says_something(unit: Unit) -> bool:
         return unit.arm.startswith("obs") and unit.network != "LeNet-5"  # hours
     if unit.family == units_removed.FAMILY:
         return unit.network in units_removed.NETWORKS
+    if unit.arm == "obc" and unit.family == "fine-tuned":
+        return subject.batch_norm  # without one it is the recipe, bit for bit
     if "shifts" in unit.arm:  # copies like those that the dense network was trained on
         return subject.shifts
     return subject.batch_norm or unit.arm != "recipe-no-batch-norm"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import quality, quality_arms, quality_report, quality_structured
+from benchmarks import quality, quality_arms, quality_report, quality_structured, quality_trainers
 from benchmarks import quality_networks as subjects
 from benchmarks.quality_statistics import Table, difference, estimate
 from lightning_prune.masking import sparsity
@@ -250,6 +250,18 @@ def test_losses_without_retraining_and_of_whole_units_are_listed(tmp_path):
     losses = page.read_text().split("## Where the recipe loses")[1].split("\n## ")[0]
     assert f"| {NETWORK} |  | OBS + outputs, no retraining +3.0 ± 0.0 |  |" in losses
     assert f"| {NETWORK}: w² R, units | -1.5 ± 0.0 ▽ |  |" in losses
+
+
+def test_a_plain_loop_and_a_trainer_come_to_the_same_weights():
+    torch.manual_seed(0)
+    dense = subjects.SUBJECTS[NETWORK].build().eval()
+    how = {"target": 0.9, "lr": 1e-2, "seed": 3}
+    arm = quality_arms.Arm.named("obc")
+    loop = quality_arms.fine_tuned(dense, NETWORK, arm, **how)
+    fit = quality_trainers.in_trainer(dense, NETWORK, "recipe-no-batch-norm", **how)
+    assert quality.reached(loop) == pytest.approx(0.9, abs=1e-3)
+    for name, value in loop.state_dict().items():
+        assert torch.equal(fit.state_dict()[name], value), name
 
 
 def test_rows_of_different_dense_networks_are_no_pairs(tmp_path):
