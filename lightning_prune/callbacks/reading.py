@@ -70,7 +70,7 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def unlogged(module: LightningModule) -> Iterator[None]:
-    """Have ``self.log`` do nothing in a block, on the module and on those within it.
+    """Have ``self.log`` do nothing in a block.
 
     What a ``forward`` logs belongs to the steps of the user's. In a pass of ours it would mix with
     that, and after the last epoch Lightning refuses it.
@@ -78,18 +78,15 @@ def unlogged(module: LightningModule) -> Iterator[None]:
 
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
-    names = ("log", "log_dict")
-    muted = [vars(part) for part in module.modules() if isinstance(part, LightningModule)]
-    before = [{name: held[name] for name in names if name in held} for held in muted]
-    for held in muted:
-        held.update(log=nothing, log_dict=nothing)
+    held = vars(module)
+    before: dict[str, Any] = {name: held[name] for name in ("log", "log_dict") if name in held}
+    held.update(log=nothing, log_dict=nothing)
     try:
         yield
     finally:
-        for held, own in zip(muted, before, strict=True):
-            for name in names:
-                held.pop(name, None)
-            held.update(own)
+        for name in ("log", "log_dict"):
+            del held[name]
+        held.update(before)
 
 
 @contextmanager
