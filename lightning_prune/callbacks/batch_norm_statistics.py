@@ -6,13 +6,15 @@ Enters: training batches. Leaves: running means and variances that are averages 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -22,8 +24,10 @@ from typing_extensions import override
 
 from lightning_prune._targets import count_faults
 from lightning_prune.callbacks.averages import averaged_copies, averaging_after
+from lightning_prune.callbacks.batch_norm_pass import average, batch_norms, estimate_statistics
+from lightning_prune.callbacks.fed_inputs import Call, InputCheck, first_call
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
-from lightning_prune.callbacks.reading import on_device, undisturbed
+from lightning_prune.callbacks.reading import on_device, undisturbed, unlogged
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.saliency_pruning import pruners_of
 from lightning_prune.exceptions import BatchFormatError
@@ -47,13 +51,22 @@ class BatchNormStatistics(Callback):
     then from before. Put it after the pruner in the list of callbacks, and after one that
     averages weights. A layer that is in eval mode (frozen), or keeps no statistics, is left alone;
     a model without batch norm costs nothing. In distributed training each process sees its own
-    batches and the statistics are averaged.
+    batches and the statistics are averaged. What ``forward`` logs in the pass is not logged.
+
+    Wrong inputs would ruin every layer, so without ``forward=`` it is looked whether the model gets
+    them: in the fit's first training step and its first validation step the input of the first
+    layer is compared with that of a pass over the same batch. If neither agrees (the step calls
+    ``self(x / 255)`` and the batch holds x), or the inside of the model cannot be seen (compiled),
+    the statistics stay as training leaves them, with a warning. A training step that augments at
+    random (mixup, noise) never agrees, and is in order where the validation step does: the pass
+    goes over the batches as they are. A layer that no batch reaches, such as an auxiliary head that
+    only ``training_step`` calls, keeps its statistics, and is warned of if they are of batches.
 
     Args:
         batches: How many training batches to use; by default all of an epoch, or of a loader
             without a length at most as many as the fit has had.
-        forward: ``forward(module, batch)`` where ``module(x)`` is not enough; what it returns is
-            not looked at.
+        forward: ``forward(module, batch)`` where ``module(x)`` is not enough, or not what a
+            training step calls. Taken as it is; what it returns is not looked at.
 
     Raises:
         ValueError: ``batches`` is not a whole number >= 1.
@@ -76,14 +89,19 @@ class BatchNormStatistics(Callback):
             raise ValueError(faults[0])
         self.batches = batches
         self.forward = default_call if forward is None else forward
+        self._start()
+
+    def _start(self) -> None:
         self._events: int | None = None  # pruning events when the statistics were estimated
-        self._rehearsed = False
+        self._rehearsed = self._validated = self._warned = False
+        # The user's own forward is not questioned.
+        self._inputs = InputCheck(agrees=self.forward is not default_call)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_trainer(trainer)
-            self._events, self._rehearsed = None, False
+            self._start()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,13 +121,59 @@ class BatchNormStatistics(Callback):
         # What has to work after the last step is tried before the first.
         self._rehearsed = True
         if batch_norms(pl_module):
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                rehearse(pl_module, batch, self.forward)
+            self._inputs.expect(self._rehearse(trainer, pl_module, batch))
+            self._inputs.watch(pl_module)
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Call | None:
+        with isolate_rng(), unlogged(pl_module), trainer.precision_plugin.forward_context():
+            return first_call(pl_module, lambda: rehearse(pl_module, batch, self.forward))
+
+    @override
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        # Other callbacks run passes of their own after it. By hand the step may yet call the model.
+        if pl_module.automatic_optimization:
+            self._inputs.compare()
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._validated or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated = True
+        if any(isinstance(layer, _BatchNorm) for layer in pl_module.modules()):
+            self._inputs.watch(pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._inputs.watching:
+            return
+        self._inputs.let_go()
+        # After the step, as other callbacks watch what it calls.
+        with suppress(Exception):  # what cannot be compared is no reason to end a fit
+            self._inputs.expect(self._rehearse(trainer, pl_module, batch))
+        self._inputs.compare()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._inputs.compare()
         if _is_last_step(trainer):
             self._estimate(trainer, pl_module)
 
@@ -127,20 +191,37 @@ class BatchNormStatistics(Callback):
     def _estimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events = _events(trainer)
         layers = batch_norms(pl_module)
-        if not layers:
+        if not layers or not self._rehearsed:  # a fit without a step leaves no other weights
             return
-        with isolate_rng(), undisturbed(trainer), trainer.precision_plugin.forward_context():
+        if not trainer.strategy.reduce_boolean_decision(self._inputs.agrees, all=True):
+            self._warn(_OTHER_INPUTS)
+            return
+        reading = trainer.precision_plugin.forward_context()
+        with isolate_rng(), undisturbed(trainer), unlogged(pl_module), reading:
             batches = islice(_training_batches(trainer, pl_module), self._limit(trainer))
-            seen = estimate_statistics(pl_module, layers, batches, self.forward)
-        if seen == 0:
-            rank_zero_warn(
-                "BatchNormStatistics: the training loader yields no batches a second time, so the "
-                "running statistics stay as they are."
+            seen = estimate_statistics(pl_module, list(layers.values()), batches, self.forward)
+        if trainer.world_size > 1:
+            seen = average(trainer, list(layers.values()), seen)
+        # Statistics that no step has touched are nobody's loss.
+        left = [
+            name
+            for (name, layer), count in zip(layers.items(), seen, strict=True)
+            if count == 0 and layer.num_batches_tracked > 0
+        ]
+        if max(seen) == 0:
+            self._warn(_NO_BATCHES)
+        elif left:
+            self._warn(
+                f"BatchNormStatistics: the running statistics of {', '.join(left)} stay as "
+                "training left them, as a pass over the batches does not reach these layers. If "
+                "the network that you hand over has them, give a `forward=lambda module, batch: "
+                "...` that does."
             )
-        elif trainer.world_size > 1:
-            for layer in layers:
-                for statistic in (layer.running_mean, layer.running_var):
-                    statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(message)
 
     def _limit(self, trainer: Trainer) -> int | None:
         """Return how many batches to take at most, ``None`` for all there are."""
@@ -149,20 +230,32 @@ class BatchNormStatistics(Callback):
         return self.batches
 
     @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._inputs.compare()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._inputs.compare()
         give_back(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return without_lent(self)
 
 
-def batch_norms(module: nn.Module) -> list[Any]:
-    """Return the batch norms that are learning statistics: in train mode, with running ones."""
-    return [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
-    ]
+_OTHER_INPUTS = (
+    "BatchNormStatistics: the running statistics stay as training left them. Expected "
+    "training_step or validation_step to feed the first layer what `module(x)` feeds it for the "
+    "same batch, but neither is seen to, so new statistics could be those of other inputs. If the "
+    "step prepares its input, repeat it in `forward=lambda module, batch: ...`, or do it in the "
+    "model's forward, the loader or `on_after_batch_transfer`; if it does not (the model is "
+    "compiled, or the step calls other parts of it), give the call as `forward=`."
+)
+_NO_BATCHES = (
+    "BatchNormStatistics: the running statistics stay as training left them, as the training "
+    "loader yields no batches a second time, or a pass over them reaches no batch norm."
+)
 
 
 def rehearse(module: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> None:
@@ -178,47 +271,6 @@ def rehearse(module: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], 
         raise PruningSetupError(
             f"BatchNormStatistics: {error} Or leave it out (`batch_norm=False` in a recipe)."
         ) from error
-
-
-def estimate_statistics(
-    module: nn.Module,
-    layers: list[Any],
-    batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any] = default_call,
-) -> int:
-    """Make running statistics the averages over batches, each batch counting the same.
-
-    Args:
-        module: The model; all but ``layers`` is in eval mode meanwhile.
-        layers: Its batch norms to estimate.
-        batches: In the form that ``forward`` reads.
-        forward: ``forward(module, batch)``.
-
-    Returns:
-        How many batches there were. After none, or an exception, the statistics are as before.
-    """
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    before = [[getattr(layer, name).clone() for name in names] for layer in layers]
-    momenta = [layer.momentum for layer in layers]
-    seen, done = 0, False
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a cumulative average
-        with torch.no_grad(), evaluating(module):
-            for batch in batches:
-                for layer in layers:
-                    layer.training = True
-                forward(module, batch)
-                seen += 1
-        done = seen > 0
-    finally:
-        for layer, momentum, kept in zip(layers, momenta, before, strict=True):
-            layer.momentum = momentum
-            layer.training = True
-            for name, value in zip(names, () if done else kept, strict=False):
-                getattr(layer, name).copy_(value)
-    return seen
 
 
 def _is_last_step(trainer: Trainer) -> bool:

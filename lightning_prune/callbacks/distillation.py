@@ -40,7 +40,8 @@ class DistillationCallback(Callback):
     in a step has a term of its own.
 
     The dense network answers on the model's own modules, before the student does: your forward
-    hooks and counters see two passes, of which the student's is the last.
+    hooks and counters see two passes, of which the student's is the last. What ``forward`` logs
+    by ``self.log`` is the student's only.
 
     The divergence is the mean over the predictions of a call, so it stands beside a loss that is a
     mean too, as torch's are by default. With ``accumulate_grad_batches``, mixed precision and DDP
@@ -58,7 +59,8 @@ class DistillationCallback(Callback):
         temperature: T: softens both distributions, so that the dense network's smaller
             probabilities count for more. Without effect on a ``gaussian`` likelihood.
         module: The name of the submodule whose output the loss is computed from, such as ``"net"``,
-            where ``training_step`` calls that instead of ``self(...)``.
+            where ``training_step`` calls that instead of ``self(...)``. A call of it within
+            ``torch.utils.checkpoint.checkpoint`` needs ``use_reentrant=False``.
         likelihood: How the output is read: ``"categorical"`` logits over classes (last axis of
             (N, C), axis 1 of (N, C, ...)), ``"bernoulli"`` logits, or a ``"gaussian"`` regression.
         teacher: Where the dense weights come from. ``"before_pruning"``: from the moment before the
@@ -152,7 +154,8 @@ class DistillationCallback(Callback):
         target = self._target(pl_module)
         # DDP hands training_step over in the disguise of a call of the whole model.
         disguised = target is pl_module and trainer.strategy.model is not pl_module
-        self._term.attach(target, called(self.module), self._took_part, level=int(disguised))
+        level = int(disguised)
+        self._term.attach(target, called(self.module), self._took_part, pl_module, level)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,7 +200,9 @@ class DistillationCallback(Callback):
             raise PruningSetupError(
                 f"DistillationCallback: expected training_step to call {called(self.module)}, but "
                 f"it did not, so there are no logits to compare. Name the submodule that it calls: "
-                f"`module=` one of {children}, or deeper ones."
+                f"`module=` one of {children}, or deeper ones. Where it does within "
+                "torch.utils.checkpoint.checkpoint, pass that `use_reentrant=False`, or leave "
+                "`module` out (`module=None`)."
             )
 
     @override

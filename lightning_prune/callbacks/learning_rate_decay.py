@@ -28,21 +28,24 @@ class LearningRateDecay(Callback):
     schedule of a training from scratch, which fine-tuning does best to repeat (Renda, Frankle and
     Carbin, 2020, "Comparing rewinding and fine-tuning in neural network pruning").
 
-    Progress is counted in training batches, or in optimizer steps where ``max_steps`` ends the fit.
-    When training has ended or was interrupted, the optimizers have the rates from before the decay
-    again. A resumed run goes on exactly, and one that is
-    resumed with a larger ``max_epochs`` has its decay where the longer fit has it.
+    Progress is counted in training batches and, with ``max_steps``, in optimizer steps; what is
+    nearer to its end counts. When training has ended or was interrupted, the optimizers have the
+    rates from before the decay again. A resumed run goes on exactly, and one that is
+    resumed with a larger ``max_epochs`` has its decay where the longer fit has it. Whatever else
+    sets a rate during the decay is warned of once, as the decay is without effect there.
 
     Args:
         start: Where the decay starts: a float in [0, 1) is a share of the fit; an int, or a whole
-            float from 1.0 on (as configuration files give it), is an epoch, counted from 0.
+            float from 1.0 on (as configuration files give it), is an epoch, counted from 0: with
+            its first batch, whatever is counted from there on.
         shape: ``"cosine"``: (1 + cos(pi x)) / 2; ``"linear"``: 1 - x; x in [0, 1) is the progress
             since ``start``.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
         PruningSetupError: In a fit: the module has learning rate schedulers of its own, there is a
-            StochasticWeightAveraging, or the fit's length is unknown.
+            StochasticWeightAveraging, an optimizer has no learning rate (``lr=None``), or the fit's
+            length is unknown.
 
     Example:
         >>> decay = LearningRateDecay(start=0.5)
@@ -66,7 +69,8 @@ class LearningRateDecay(Callback):
         self.start, self.shape = start, shape
         self._base: list[list[float]] = []
         self._factor = 1.0
-        self._restored = False
+        self._first_step: int | None = None  # of the epoch `start`, once that has begun
+        self._restored = self._warned = False
 
     def factor(self, now: float, total: float, start: float) -> float:
         """Return the factor of the learning rates after ``now`` of ``total`` batches or steps.
@@ -96,19 +100,36 @@ class LearningRateDecay(Callback):
                 "StochasticWeightAveraging sets it as well. Leave one of them out (in a recipe "
                 "`decay=False`)."
             )
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if not isinstance(group.get("lr"), int | float | Tensor):
+                    raise PruningSetupError(
+                        "LearningRateDecay: expected optimizers with a learning rate, but a group "
+                        f"of {type(optimizer).__name__} has lr={group.get('lr')!r}, so it makes "
+                        "one of its own. Give it a rate, or leave LearningRateDecay out "
+                        "(`decay=False` in a recipe)."
+                    )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._restored:
-            self._base, self._factor = [], 1.0
+            self._base, self._factor, self._first_step = [], 1.0, None
+        self._warned = False
         self._note_rates(trainer)
-        _, total, start = self._progress(trainer, 0)
-        if math.isinf(total):
+        if not _ends(trainer):
             raise PruningSetupError(
                 "LearningRateDecay: expected a fit whose length is known, but the training loader "
-                "has none or nothing limits the epochs. Set `max_steps` in the Trainer."
+                "has none or nothing limits the epochs (`max_time` is no length). Set `max_steps`, "
+                "or `max_epochs` and an int `limit_train_batches`, in the Trainer, or leave "
+                "LearningRateDecay out (`decay=False` in a recipe)."
             )
-        if start >= total and not getattr(trainer, "fast_dev_run", False):
+        epochs = trainer.max_epochs
+        if isinstance(self.start, int) and epochs is not None and 0 <= epochs <= self.start:
+            self._warn_of_no_decay(trainer)
+
+    def _warn_of_no_decay(self, trainer: Trainer) -> None:
+        if not (self._warned or getattr(trainer, "fast_dev_run", False)):
+            self._warned = True
             rank_zero_warn(
                 f"LearningRateDecay(start={self.start}): the fit ends before the decay starts."
             )
@@ -117,7 +138,10 @@ class LearningRateDecay(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        factor = self.factor(*self._progress(trainer, batch_idx))
+        if self._first_step is None and self._has_begun(trainer):
+            self._first_step = self._steps_at_start(trainer, batch_idx)
+        progress = self._progress(trainer, batch_idx)
+        factor = min((self.factor(*counted) for counted in progress), default=1.0)
         # Rates are written from the decay on only: until then they are the user's affair.
         if factor != 1.0 or self._factor != 1.0:
             if self._factor == 1.0:
@@ -125,7 +149,32 @@ class LearningRateDecay(Callback):
             self._apply(trainer, factor)
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        if self._factor == 1.0 or self._warned:
+            return
+        for each, rates in zip(trainer.optimizers, self._base, strict=False):
+            for group, rate in zip(each.param_groups, rates, strict=False):
+                found, written = group["lr"], rate * self._factor
+                if isinstance(found, Tensor) and found.device.type != "cpu":
+                    continue  # to look at it would wait for the device in every step
+                if not math.isclose(found, written, rel_tol=1e-4, abs_tol=1e-30):
+                    self._warned = True
+                    rank_zero_warn(
+                        f"LearningRateDecay: expected the learning rate {written:.3g} that it has "
+                        f"set for this step, but {float(found):.3g} stands in the optimizer: "
+                        "something else sets it (`on_train_batch_start`, `optimizer_step`, a "
+                        "callback), and there is no decay. Have that end before "
+                        f"start={self.start}, or leave LearningRateDecay out (`decay=False` in a "
+                        "recipe)."
+                    )
+                    return
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._first_step is None and 0 <= trainer.max_steps <= trainer.global_step:
+            self._warn_of_no_decay(trainer)
         self._give_back(trainer)
 
     @override
@@ -138,27 +187,35 @@ class LearningRateDecay(Callback):
         if self._factor != 1.0:
             self._apply(trainer, 1.0)
 
-    def _progress(self, trainer: Trainer, batch_idx: int) -> tuple[float, float, float]:
-        """Return where the fit is, where it ends and where the decay starts, in one unit."""
-        epoch: float = trainer.num_training_batches
-        epochs = trainer.max_epochs
-        now = trainer.current_epoch * epoch + batch_idx if trainer.current_epoch else batch_idx
-        total = math.inf if epochs is None or epochs < 0 else epochs * epoch
-        if trainer.max_steps != -1:
-            in_steps = self._steps_of_an_epoch(trainer, epoch, now)
-            ends = math.inf if epochs is None or epochs < 0 else epochs * in_steps
-            if trainer.max_steps < ends:
-                epoch, now, total = in_steps, trainer.global_step, trainer.max_steps
-        start = self.start * (epoch if isinstance(self.start, int) else total) if self.start else 0
-        return now, total, start
+    def _has_begun(self, trainer: Trainer) -> bool:
+        return not isinstance(self.start, int) or trainer.current_epoch >= self.start
 
-    def _steps_of_an_epoch(self, trainer: Trainer, epoch: float, batches: float) -> float:
-        """Return how many optimizer steps an epoch has, after so many batches of the fit."""
-        if math.isinf(epoch):
-            return math.inf
-        if batches and not trainer.lightning_module.automatic_optimization:
-            return epoch * trainer.global_step / batches  # a batch may have several, or none
-        return -(-epoch // trainer.accumulate_grad_batches)
+    def _steps_at_start(self, trainer: Trainer, batch_idx: int) -> int:
+        """Return the optimizer steps before the epoch ``start``, at its first batch or later."""
+        epochs = float(trainer.current_epoch)
+        if not math.isinf(trainer.num_training_batches):
+            epochs += batch_idx / trainer.num_training_batches
+        # Later only in a run resumed without a state of this callback: as if all epochs were alike.
+        return round(trainer.global_step * self.start / epochs) if epochs else 0
+
+    def _progress(self, trainer: Trainer, batch_idx: int) -> list[tuple[float, float, float]]:
+        """Return where the fit is, where it ends and where the decay starts, in batches and steps.
+
+        Only what has an end; nothing before the epoch of the start.
+        """
+        if not self._has_begun(trainer):
+            return []
+        counted: list[tuple[float, float, float]] = []
+        if _ends_by_epochs(trainer):
+            epoch, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+            total = float(epochs * epoch)
+            start = self.start * (epoch if isinstance(self.start, int) else total)
+            counted.append((trainer.current_epoch * epoch + batch_idx, total, start))
+        if trainer.max_steps != -1:
+            total, first = float(trainer.max_steps), float(self._first_step or 0)
+            start = first if isinstance(self.start, int) else self.start * total
+            counted.append((trainer.global_step, total, start))
+        return counted
 
     def _note_rates(self, trainer: Trainer) -> None:
         """Take down the rates of optimizers and parameter groups that are new."""
@@ -180,12 +237,19 @@ class LearningRateDecay(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"base": [list(rates) for rates in self._base], "factor": self._factor}
+        return {
+            "base": [list(rates) for rates in self._base],
+            "factor": self._factor,
+            "start": self.start,
+            "first_step": self._first_step,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._base = [list(rates) for rates in state_dict["base"]]
         self._factor = state_dict["factor"]
+        same = state_dict.get("start") == self.start
+        self._first_step = state_dict.get("first_step") if same else None
         self._restored = True
 
     @override
@@ -195,3 +259,12 @@ class LearningRateDecay(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return without_lent(self)
+
+
+def _ends_by_epochs(trainer: Trainer) -> bool:
+    epochs = trainer.max_epochs
+    return epochs is not None and epochs >= 0 and not math.isinf(trainer.num_training_batches)
+
+
+def _ends(trainer: Trainer) -> bool:
+    return trainer.max_steps != -1 or _ends_by_epochs(trainer)

@@ -8,15 +8,18 @@ parameters follow from it, by the one backward pass that there is anyway.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.augment.mixing import Likelihood, distillation_loss
 from lightning_prune.callbacks.dense_weights import DenseWeights
 from lightning_prune.callbacks.preflight import PruningSetupError
+from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, unwrap_logits
 from lightning_prune.passes.isolation import own_randomness
@@ -55,9 +58,15 @@ class LogitTerm:
         self._answer: Tensor | None = None
         self._name = ""
         self._took_part: Callable[[Tensor], None] | None = None
+        self._owner: LightningModule | None = None
 
     def attach(
-        self, module: nn.Module, name: str, took_part: Callable[[Tensor], None], level: int = 0
+        self,
+        module: nn.Module,
+        name: str,
+        took_part: Callable[[Tensor], None],
+        owner: LightningModule,
+        level: int = 0,
     ) -> None:
         """Hang hooks on a module.
 
@@ -65,9 +74,10 @@ class LogitTerm:
             module: Whose calls return logits.
             name: What to call it in messages.
             took_part: Told of each term that has joined a backward pass: its loss, detached.
+            owner: The model that it is part of: what the dense network would log there is not.
             level: How many calls of the module's are around those that count.
         """
-        self._name, self._took_part, self._level = name, took_part, level
+        self._name, self._took_part, self._level, self._owner = name, took_part, level, owner
         self._handles = [
             module.register_forward_pre_hook(self._before_call, with_kwargs=True),
             module.register_forward_hook(self._after_call, with_kwargs=True),
@@ -77,7 +87,7 @@ class LogitTerm:
         """Leave nothing behind on the module."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._took_part, self.factor = [], None, None
+        self._handles, self._took_part, self._owner, self.factor = [], None, None, None
         self.listening = self.called = False
 
     def listen(self) -> None:
@@ -86,7 +96,13 @@ class LogitTerm:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy hangs on no module.
-        return {**self.__dict__, "_handles": [], "_took_part": None, "listening": False}
+        return {
+            **self.__dict__,
+            "_handles": [],
+            "_took_part": None,
+            "_owner": None,
+            "listening": False,
+        }
 
     # ------------------------------------------------------------------ forward
 
@@ -110,8 +126,11 @@ class LogitTerm:
         precise = torch.promote_types(logits.dtype, torch.float32)
         leaf = logits.detach().to(precise).requires_grad_()
         student = leaf.transpose(1, 2) if transposed else leaf
-        loss = distillation_loss(student, dense, self.likelihood, self.temperature)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        # Where the call is checkpointed, torch counts what is saved for its backward pass and would
+        # miss this when it repeats the call: kept out of its sight.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            loss = distillation_loss(student, dense, self.likelihood, self.temperature)
+            (gradient,) = torch.autograd.grad(loss, leaf)
         if self.dense.teacher is not None:
             hook = self._mixture(loss.detach(), gradient)
             logits.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -130,7 +149,8 @@ class LogitTerm:
         self._rehearsed = True
         call = change_tensors((args, kwargs), Tensor.clone)
         device = next(iter(teacher.weights.values())).device
-        with own_randomness(device, "model"):
+        muted = nullcontext() if self._owner is None else unlogged(self._owner)
+        with own_randomness(device, "model"), muted:
             return teacher.logits(module, call, self._read_call)
 
     def _read_call(self, module: nn.Module, call: Any) -> Tensor:
@@ -169,3 +189,7 @@ class LogitTerm:
             return mixed.to(gradient.dtype)
 
         return mix
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from contextlib import nullcontext
 from itertools import cycle, islice
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.callbacks.batch_norm_statistics import (
-    BatchNormStatistics,
-    batch_norms,
-    estimate_statistics,
-)
+from lightning_prune.callbacks.batch_norm_pass import batch_norms, estimate_statistics
+from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
 from tests.callbacks.pruning_cases import (
@@ -256,7 +255,7 @@ def test_after_an_exception_all_is_as_before() -> None:
     model(digits()[0][:64])
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="half-way"):
-        estimate_statistics(model, batch_norms(model), list(loaders()[0]), _break())
+        estimate_statistics(model, list(batch_norms(model).values()), list(loaders()[0]), _break())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert model.net[1].momentum == 0.1
@@ -280,3 +279,139 @@ def _break() -> Any:
 def test_a_number_of_batches_that_cannot_be(batches) -> None:
     with pytest.raises(ValueError, match="batches"):
         BatchNormStatistics(batches)
+
+
+class WithHead(Digits):
+    """Has an auxiliary head, which only training_step calls, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8))
+        self.idle = nn.BatchNorm1d(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        hidden = self.net[:3](batch[0])
+        loss = nn.functional.cross_entropy(self.net[3](hidden), batch[1])
+        return loss + 0.1 * self.head(5 * hidden + 3).square().mean()
+
+
+def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
+    torch.manual_seed(1)
+    model = WithHead()
+    with warnings_of(r"statistics of head\.1 stay as training left them"):
+        fit(BatchNormStatistics(), model=model, max_epochs=2)
+    check(model, loaders()[0])
+    torch.manual_seed(1)
+    plain = fit(model=WithHead(), max_epochs=2)
+    assert model.head[1].num_batches_tracked == 10
+    for name, value in plain.head[1].named_buffers():
+        assert torch.equal(value, dict(model.head[1].named_buffers())[name])
+
+
+class Scaling(Digits):
+    """Prepares its input in its steps, as the batch holds it 255 times too large."""
+
+    scales: tuple[float, float] = (255.0, 255.0)
+    hidden = False  # whether the steps call the submodule
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) if self.hidden else self(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        z = self.call(batch[0] / self.scales[0])
+        return nn.functional.cross_entropy(z, batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.call(batch[0] / self.scales[1])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_inputs_that_a_step_prepares_are_not_guessed(hidden: bool, sanity: int) -> None:
+    models = []
+    for callbacks in ([BatchNormStatistics()], []):
+        torch.manual_seed(1)
+        model = Scaling()
+        model.hidden = hidden
+        ours = warnings_of("stay as training left them.*`forward=")
+        with ours if callbacks else nullcontext():
+            fit(*callbacks, model=model, max_epochs=2, num_sanity_val_steps=sanity)
+        models.append(model)
+    for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert not any(part._forward_pre_hooks for part in models[0].modules())
+
+
+def test_a_forward_that_repeats_the_preparation_is_taken() -> None:
+    torch.manual_seed(1)
+    model = Scaling()
+    ours = BatchNormStatistics(forward=lambda module, batch: module(batch[0] / 255))
+    fit(ours, model=model, max_epochs=1)
+    check(model, [(x / 255,) for x, _ in loaders()[0]])
+
+
+def test_steps_that_call_a_submodule_with_the_batch_are_in_order() -> None:
+    torch.manual_seed(1)
+    model = Scaling()
+    model.hidden, model.scales = True, (1.0, 255.0)
+    fit(BatchNormStatistics(), model=model, max_epochs=1)
+    check(model, loaders()[0])
+
+
+class Noisy(Digits):
+    """Augments at random in its training step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0] + 0.1 * torch.randn_like(batch[0])
+        return nn.functional.cross_entropy(self(x), batch[1])
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_random_augmentation_is_in_order_where_the_validation_step_agrees(sanity: int) -> None:
+    torch.manual_seed(1)
+    model = Noisy()
+    fit(BatchNormStatistics(), model=model, max_epochs=2, num_sanity_val_steps=sanity)
+    check(model, loaders()[0])
+    with warnings_of("stay as training left them"):
+        fit(BatchNormStatistics(), model=Noisy(), max_epochs=1, val=False)
+
+
+def test_a_pruner_still_sees_a_validation_step_that_prepares_its_input() -> None:
+    with warnings_of("validation_step calls the model with another tensor"):
+        fit(SaliencyPruningCallback({0: 0.5}), BatchNormStatistics(), model=Scaling(), max_epochs=1)
+
+
+class Logging(Digits):
+    """Logs in ``forward``, which Lightning refuses when training has ended."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.net(x)
+        self.log("size", z.abs().mean(), on_step=False, on_epoch=True, batch_size=len(x))
+        return z
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.steps += 1
+        z = self(batch[0])
+        self.seen = [*(self.seen if batch_idx else []), float(z.detach().abs().mean())]
+        return nn.functional.cross_entropy(z, batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_what_forward_logs_is_that_of_the_users_steps() -> None:
+    pruner = SaliencyPruningCallback({1: 0.5}, criterion="magnitude")  # in force at the very end
+    stop = EarlyStopping("accuracy", mode="max", patience=1, min_delta=2.0)
+    for callbacks in ([pruner], [stop]):
+        model = Logging()
+        run = make_trainer(*callbacks, BatchNormStatistics(), max_epochs=2)
+        run.fit(model, *loaders())
+        check(model, loaders()[0])
+        mean = sum(model.seen) / len(model.seen)
+        assert float(run.callback_metrics["size"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_copy_leaves_the_model_behind() -> None:
+    ours = BatchNormStatistics()
+    fit(ours, max_epochs=1)
+    pickle.loads(pickle.dumps(ours))

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.augment.mixing import distillation_loss
@@ -470,3 +471,77 @@ def test_arguments_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="`weight`: expected") as caught:
         DistillationCallback(weight="half", temperature=None)
     assert "`temperature`: expected" in str(caught.value)
+
+
+class Net(nn.Module):
+    """A network that logs in its ``forward``, through the model that it is part of."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        self.owner = (owner,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layers(x)
+        self.owner[0].log("inner", z.abs().mean(), on_step=False, on_epoch=True, batch_size=len(x))
+        return z
+
+
+class LoggingModel(Model):
+    def __init__(self, calls: str = "model") -> None:
+        super().__init__(calls=calls)
+        self.net = Net(self)
+        self.seen: list[float] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.net(x)
+        self.log_dict({"outer": z.abs().mean()}, on_step=False, on_epoch=True, batch_size=len(x))
+        return z
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().logits(x)
+        self.seen.append(float(z.detach().abs().mean()))
+        return z
+
+
+@pytest.mark.parametrize("module", [None, "net"])
+def test_what_forward_logs_is_the_students(module: str | None) -> None:
+    x, y = digits()
+    model = LoggingModel(calls="model" if module is None else "net")
+    with torch.no_grad():
+        model.net.layers[2].weight.mul_(3.0)
+    dense = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.net.layers[2].weight.div_(9.0)
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 1}, callbacks=[callback(module=module, teacher=dense)]
+    )
+    trainer.fit(model, DataLoader(TensorDataset(x[:96], y[:96]), BATCH))
+    mean = sum(model.seen) / len(model.seen)
+    names = ["inner"] if module else ["inner", "outer"]
+    for name in names:
+        assert float(trainer.callback_metrics[name]) == pytest.approx(mean, rel=1e-5)
+    assert "log" not in vars(model)
+
+
+class Checkpointed(Model):
+    """Calls its network again on the way back instead of keeping its activations."""
+
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_() if self.reentrant else x
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("module", [None, "net"])
+def test_a_checkpointed_network(module: str | None) -> None:
+    recorder = run(Checkpointed(), callback(module=module))
+    check(recorder, 2, [recorder.batches[2]])
+
+
+def test_a_reentrant_checkpoint_around_the_named_submodule_hides_it() -> None:
+    model = Checkpointed()
+    model.reentrant = True
+    with pytest.raises(PruningSetupError, match=r"use_reentrant=False"):
+        run(model, callback(module="net"))

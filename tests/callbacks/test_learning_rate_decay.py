@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -246,15 +251,11 @@ def test_an_interruption_gives_the_rates_back() -> None:
 
 
 def test_a_fit_without_an_end_is_refused() -> None:
-    class Endless(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(loaders()[0].dataset)
-
     decay = LearningRateDecay()
     with pytest.raises(PruningSetupError, match="max_steps"):
-        trainer(decay, max_epochs=2).fit(TrainOnly(), DataLoader(Endless(), 64))
+        trainer(decay, max_epochs=2).fit(TrainOnly(), DataLoader(Stream(), 64))
     rates = Rates()
-    trainer(decay, rates, max_steps=4, max_epochs=-1).fit(TrainOnly(), DataLoader(Endless(), 64))
+    trainer(decay, rates, max_steps=4, max_epochs=-1).fit(TrainOnly(), DataLoader(Stream(), 64))
     assert rates.seen[-1][0] == pytest.approx(RATE * cosine(3, 8 / 3, 4))
 
 
@@ -273,3 +274,111 @@ def test_arguments_out_of_range_are_named_together(start) -> None:
 def test_a_start_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="`start`: expected"):
         LearningRateDecay("late")
+
+
+class Stream(IterableDataset):
+    """The same digits, without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loaders()[0].dataset)
+
+
+@pytest.mark.parametrize("epochs", [4, -1])
+def test_an_epoch_is_where_it_begins_also_in_a_loader_without_a_length(epochs: int) -> None:
+    rates = Rates()
+    run = trainer(LearningRateDecay(2), rates, max_epochs=epochs, max_steps=20)
+    run.fit(TrainOnly(), DataLoader(Stream(), 64))  # and no warning, which would be an error
+    expected = [RATE * cosine(step, 10, 20) for step in range(20)]
+    assert [r for (r,) in rates.seen] == pytest.approx(expected)
+
+
+def test_an_epoch_is_where_it_begins_also_where_accumulation_changes() -> None:
+    rates = Rates()
+    accumulation = GradientAccumulationScheduler({0: 5, 2: 1})
+    fit(accumulation, LearningRateDecay(2), rates, max_epochs=6, max_steps=12)
+    # A step in each of two epochs, then five an epoch: twelve end the fit, before the epochs do.
+    expected = [RATE] * 2 + [RATE * cosine(step, 2, 12) for step in range(2, 12)]
+    assert [r for (r,) in rates.seen] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_run_resumed_behind_the_start_knows_where_that_was(tmp_path, with_state: bool) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 13:
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    first = [LearningRateDecay(1)] if with_state else []
+    fit(*first, Save(), max_steps=14)
+    rates = Rates()
+    fit_on = trainer(LearningRateDecay(1), rates, max_epochs=-1, max_steps=20)
+    with warnings_of("resuming from a checkpoint that ended before the epoch"):
+        fit_on.fit(make_model(), *loaders(), ckpt_path=tmp_path / "c.ckpt")
+    expected = [RATE * cosine(step, 5, 20) for step in range(13, 20)]
+    assert [r for (r,) in rates.seen] == pytest.approx(expected)
+
+
+def test_steps_that_end_a_fit_before_the_epoch_are_worth_a_warning() -> None:
+    with warnings_of("ends before the decay"):
+        fit(LearningRateDecay(3), max_epochs=10, max_steps=8)
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_time": "00:01:00:00"}])
+def test_a_length_that_is_not_known_is_refused_with_what_to_do(limits: Any) -> None:
+    limits = {"max_epochs": -1, **limits}
+    with pytest.raises(PruningSetupError, match=r"(?s)max_steps.*limit_train_batches.*decay=False"):
+        trainer(LearningRateDecay(), **limits).fit(TrainOnly(), DataLoader(Stream(), 64))
+
+
+class NoRate(torch.optim.SGD):
+    """Makes a rate of its own, as Adafactor with ``lr=None`` does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+
+def test_an_optimizer_without_a_rate_is_refused() -> None:
+    with pytest.raises(PruningSetupError, match=r"group of NoRate has lr=None.*decay=False"):
+        fit(LearningRateDecay(), model=make_model(optimizer=NoRate))
+
+
+class Warming(Digits):
+    """Sets its rate by hand in the first steps, in one of the places for that."""
+
+    steps_of_warmup, where = 4, "on_train_batch_start"
+
+    def set_rate(self) -> None:
+        if self.trainer.global_step < self.steps_of_warmup:
+            self.optimizers().param_groups[0]["lr"] = 0.01 * (self.trainer.global_step + 1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.where == "on_train_batch_start":
+            self.set_rate()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.where == "optimizer_step":
+            self.set_rate()
+        super().optimizer_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_start", "optimizer_step"])
+def test_a_rate_that_something_else_sets_during_the_decay_is_warned_of_once(where: str) -> None:
+    model = Warming()
+    model.where, model.steps_of_warmup = where, 100
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(LearningRateDecay(1), model=model, max_epochs=2)
+    said = [str(w.message) for w in caught if "LearningRateDecay" in str(w.message)]
+    assert len(said) == 1
+    # The seventh step: the sixth is the decay's first, at a factor of 1.
+    assert "0.07 stands in the optimizer" in said[0]
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_start", "optimizer_step"])
+def test_a_warm_up_before_the_decay_is_not_warned_of(where: str) -> None:
+    model = Warming()
+    model.where = where
+    rates = Rates()
+    fit(LearningRateDecay(1), rates, model=model, max_epochs=2)
+    assert rates.seen[6][0] == pytest.approx(0.04 * cosine(6, 5, 10))

@@ -1,0 +1,132 @@
+"""Whether a user's step feeds the first layer what a pass of ours over the same batch does.
+
+Enters: a model, in a step of the user's and in a pass of ours. Leaves: whether the two agree. What
+counts is the first layer's input, which depends on no weight and no mode: it shows a preparation in
+the step (``self(x / 255)``) whether that calls the model, or a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Call = tuple[nn.Module, Tensor]
+"""A layer, and what it was called with."""
+
+MOST_CALLS = 8
+"""Of a layer that a step calls again and again, no more calls than this are kept."""
+
+
+def first_call(module: nn.Module, run: Callable[[], Any]) -> Call | None:
+    """Run a pass and return its first layer, with the tensor that went in.
+
+    It is the innermost of the modules that are called first; ``None`` if no call had a tensor, or
+    none could be seen, as in a compiled model.
+    """
+    found: list[Call] = []
+    returned = False
+
+    def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if not returned and (fed := _tensor_of(args, kwargs)) is not None:
+            found.append((layer, fed.detach().clone()))
+
+    def after(*_: Any) -> None:
+        nonlocal returned
+        returned = True
+
+    handles = [
+        part.register_forward_pre_hook(before, with_kwargs=True) for part in module.modules()
+    ]
+    handles += [part.register_forward_hook(after) for part in module.modules()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[-1] if found else None
+
+
+class InputCheck:
+    """Watch a step, and compare it with a pass.
+
+    Of each call one sample is kept, the largest: a sample of zeros would look the same whatever it
+    is divided by.
+
+    Attributes:
+        agrees: Whether a step has been seen to feed what a pass feeds; nothing is watched then.
+    """
+
+    def __init__(self, agrees: bool) -> None:
+        self.agrees = agrees
+        self._expected: Call | None = None
+        self._rows: dict[nn.Module, list[Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def watching(self) -> bool:
+        """Whether there is something to compare."""
+        return bool(self._handles)
+
+    def expect(self, call: Call | None) -> None:
+        """Take the first call of a pass over the step's batch, before the step or after it."""
+        self._expected = call
+
+    def watch(self, module: nn.Module) -> None:
+        """Keep what the parts of a model are called with from here on, if there is any doubt."""
+        if not self.agrees:
+            self._handles = [
+                part.register_forward_pre_hook(self._keep, with_kwargs=True)
+                for part in module.modules()
+            ]
+
+    def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        rows = self._rows.setdefault(layer, [])
+        if len(rows) < MOST_CALLS and (fed := _tensor_of(args, kwargs)) is not None:
+            fed = fed.detach()
+            largest = fed.reshape(len(fed), -1).abs().sum(1).argmax()
+            rows.append(fed[largest].clone())
+
+    def let_go(self) -> None:
+        """Take the hooks off the model; what they have seen stays."""
+        for handle in self._handles:
+            handle.remove()
+
+    def compare(self) -> None:
+        """End a watch: agree if a call of the expected layer had one of its samples."""
+        if self.watching and self._expected is not None:
+            layer, fed = self._expected
+            self.agrees = any(_holds(fed, row) for row in self._rows.get(layer, ()))
+        self.let_go()
+        self._handles, self._rows, self._expected = [], {}, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy watches no model.
+        return {**self.__dict__, "_handles": [], "_rows": {}, "_expected": None}
+
+
+_READABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_READABLE |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def _tensor_of(args: Any, kwargs: Any) -> Tensor | None:
+    """Return the first argument with samples in it; nothing within a graph that is compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            plain = value.layout is torch.strided and value.dtype in _READABLE
+            return value if plain and value.dim() and value.numel() else None
+    return None
+
+
+def _holds(fed: Tensor, row: Tensor) -> bool:
+    if fed.shape[1:] != row.shape or fed.device != row.device or not row.any():
+        return False
+    precise = torch.promote_types(torch.promote_types(fed.dtype, row.dtype), torch.float32)
+    rows, one = fed.to(precise).reshape(len(fed), -1), row.to(precise).reshape(-1)
+    near = torch.isclose(rows, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()), equal_nan=True)
+    return bool(near.all(1).any())
