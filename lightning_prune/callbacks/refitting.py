@@ -16,11 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks, Scores
-from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.callbacks.scoring import batch_sources
 from lightning_prune.masking import zero_removed
 from lightning_prune.passes.batches import batch_size, default_forward
+from lightning_prune.passes.isolation import unlogged
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import (
     Calibration,
