@@ -508,3 +508,19 @@ def test_an_error_that_has_nothing_to_do_with_the_form_stays_itself(model, batch
         prune(model, [x * math.nan, x], sparsity=0.5)
     with pytest.raises(BatchFormatError, match="Expected Sequential to accept"):
         prune(model, [x[:, :5], x[:50, :5]], sparsity=0.5)
+
+
+def test_weights_that_no_input_reaches_are_no_failure_of_a_refit(batches) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    read = (batches[0][0] != 0).any(0)
+    model[0].weight.data[:, read] += 1  # so that what no input reaches goes first
+    model[2].weight.data += 1
+    dead = 16 * int((~read).sum())
+    assert dead > 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unread = [(x * read, y) for x, y in batches]
+        options = {"sparsity": dead / 1184, "criterion": "magnitude", "refit": "layers"}
+        masks = prune(model, unread, **options)
+    assert not masks["0.weight"][:, ~read].any()
