@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
-from lightning_prune.callbacks import preflight, pruning_state, reporting
+from lightning_prune.callbacks import fit_warnings, preflight, pruning_state, reporting
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
@@ -115,7 +115,7 @@ class Pruner:
             taken=taken,
             held=pruning_state.held(self.keeper.masks, self.state.pending),
         )
-        preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
+        fit_warnings.warn(trainer, self.schedule, self.clock, parameters, self.keeper.masks)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})
