@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.augment.adaptive import START, Losses, MixRule, gap_share, losses_of
 from lightning_prune.augment.injection import Injection
 from lightning_prune.augment.mixing import BatchForm
-from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.reporting import log_metrics
 from lightning_prune.exceptions import BatchFormatError
+from lightning_prune.passes.isolation import unlogged
 
 
 class AdaptiveMix:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
-from lightning_prune.callbacks import preflight, pruning_state, reporting
+from lightning_prune.callbacks import fit_warnings, preflight, pruning_state, reporting
 from lightning_prune.callbacks.averages import mask_averages
+from lightning_prune.callbacks.batch_sources import batch_sources
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
 from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
@@ -26,12 +27,7 @@ from lightning_prune.callbacks.refitting import Refitter
 from lightning_prune.callbacks.resumption import skipped_epoch_end, skipped_validation
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
-from lightning_prune.callbacks.scoring import (
-    ScoringResult,
-    batch_sources,
-    is_last_validation,
-    refused_in,
-)
+from lightning_prune.callbacks.scoring import ScoringResult, is_last_validation, refused_in
 from lightning_prune.masking import MaskKeeper, count_removed
 from lightning_prune.refit import Refit
 from lightning_prune.schedules import Schedule, planned_targets
@@ -115,7 +111,7 @@ class Pruner:
             taken=taken,
             held=pruning_state.held(self.keeper.masks, self.state.pending),
         )
-        preflight.warn_if_cut_short(trainer, self.schedule, self.clock)
+        fit_warnings.warn(trainer, self.schedule, self.clock, parameters, self.keeper.masks)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})

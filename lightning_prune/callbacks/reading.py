@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
@@ -66,27 +66,6 @@ def validating(trainer: Trainer) -> Iterator[None]:
             yield
     finally:
         trainer.state.stage = stage
-
-
-@contextmanager
-def unlogged(module: LightningModule) -> Iterator[None]:
-    """Have ``self.log`` do nothing in a block.
-
-    What a ``forward`` logs belongs to the steps of the user's. In a pass of ours it would mix with
-    that, and after the last epoch Lightning refuses it.
-    """
-
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
-
-    held = vars(module)
-    before: dict[str, Any] = {name: held[name] for name in ("log", "log_dict") if name in held}
-    held.update(log=nothing, log_dict=nothing)
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            del held[name]
-        held.update(before)
 
 
 @contextmanager

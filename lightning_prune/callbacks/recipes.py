@@ -5,6 +5,7 @@ Enters: how sparse, and in how many epochs. Leaves: a list for ``Trainer(callbac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -15,9 +16,9 @@ from lightning_prune.callbacks.distillation import DistillationCallback
 from lightning_prune.callbacks.learning_rate_decay import LearningRateDecay
 from lightning_prune.callbacks.preflight import as_masks
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
-from lightning_prune.masking import count_removed
-from lightning_prune.refit import Refit
+from lightning_prune.refit import Refit, refit_method
 from lightning_prune.schedules.explicit import EpochSchedule
+from lightning_prune.selection import Selection, resolve_criterion
 
 
 def best(
@@ -44,7 +45,7 @@ def best(
 
     Args:
         sparsity: The share of all prunable weights removed in the end, in (0, 1).
-        epochs: ``max_epochs`` of the Trainer, at least 2.
+        epochs: ``max_epochs`` of the Trainer, at least 2; with another number the fit warns.
         stages: Pruning events; by default one in each of the first two thirds of the epochs.
         criterion: As for :class:`SaliencyPruningCallback`. ``"obc"`` has prices for linear layers
             and convolutions; with others in the model exclude them, or choose ``"taylor"``.
@@ -58,7 +59,8 @@ def best(
         **pruner: Further arguments of :class:`SaliencyPruningCallback`, such as ``selection``;
             ``likelihood`` goes to the distillation as well, ``forward`` to the batch norm part.
             With ``masks`` of a network that :func:`~lightning_prune.prune` has brought to
-            ``sparsity`` before, there are no stages: it is trained under them.
+            ``sparsity`` before (as nearly as whole units, channels or heads come to it), there
+            are no stages: it is trained under them.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
@@ -73,13 +75,24 @@ def best(
         EpochSchedule(targets={0: 0.5, 1: 0.75, 3: 0.875})
     """
     if "every_n_train_steps" in pruner:
-        raise ValueError(
-            "A recipe cannot use its arguments:\n- every_n_train_steps: its events are at the ends "
-            "of epochs. Put the callbacks together by hand to count steps"
+        _raise(
+            [
+                "every_n_train_steps: its events are at the ends of epochs. Put the callbacks "
+                "together by hand to count steps"
+            ]
         )
+    faults = [
+        *stage_faults(sparsity, epochs, stages),
+        *_faults_of(lambda: resolve_criterion(criterion)),
+        *_faults_of(lambda: refit_method(refit)),
+        *_faults_of(lambda: SaliencyPruningCallback({}, **pruner)),
+    ]
+    if distill and not isinstance(distill, (bool, DistillationCallback)):
+        faults += _faults_of(lambda: DistillationCallback(distill))
+    _raise(faults)
     schedule = stages_of(sparsity, epochs, stages)
-    if _are_enough(pruner.get("masks"), sparsity):
-        schedule = EpochSchedule({})
+    if _are_enough(pruner.get("masks"), sparsity, pruner.get("selection")):
+        schedule = EpochSchedule({}, epochs)
     callbacks: list[Callback] = [
         SaliencyPruningCallback(schedule, criterion=criterion, refit=refit, **pruner)
     ]
@@ -97,9 +110,19 @@ def best(
     return callbacks
 
 
-def _are_enough(masks: Any, sparsity: float) -> bool:
-    removed, total = count_removed(as_masks(masks) or {})
-    return total > 0 and removed >= round(sparsity * total)
+def _are_enough(masks: Any, sparsity: float, selection: Any) -> bool:
+    """Whether masks are there, and as sparse as whole units, channels or heads come to."""
+    given = as_masks(masks)
+    chosen = selection if isinstance(selection, Selection) else Selection()
+    return bool(given) and chosen.reaches(given or {}, sparsity)
+
+
+def _faults_of(make: Callable[[], Any]) -> list[str]:
+    try:
+        make()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def pruning_epochs(epochs: int) -> int:
@@ -124,23 +147,32 @@ def stages_of(sparsity: float, epochs: int, stages: int | None = None) -> EpochS
         >>> stages_of(0.9, epochs=3).targets
         {0: 0.6837722339831621, 1: 0.9}
     """
-    faults = count_faults(epochs=epochs)
-    if not faults and epochs < 2:
-        faults.append(f"epochs: expected at least 2, to prune and to fine-tune, but got {epochs}")
-    if isinstance(sparsity, Threshold) or target_faults({"sparsity": sparsity}) or not sparsity:
-        faults.append(f"sparsity: expected a share in (0, 1), but got {sparsity!r}")
-    room = 1 if faults else pruning_epochs(epochs)
-    if stages is not None and not faults:
-        faults += count_faults(stages=stages)
-        if not faults and stages > room:
-            faults.append(
-                f"stages: expected at most {room}, one in each of the first two thirds of "
-                f"{epochs} epochs, but got {stages}"
-            )
-    if faults:
-        raise ValueError("\n- ".join(["A recipe cannot use its arguments:", *faults]))
+    _raise(stage_faults(sparsity, epochs, stages))
+    room = pruning_epochs(epochs)
     count = room if stages is None else stages
     kept = 1 - sparsity
     shares = [1 - kept ** ((k + 1) / count) for k in range(count - 1)] + [sparsity]
     when = [(k + 1) * room // count - 1 for k in range(count)]
-    return EpochSchedule(dict(zip(when, shares, strict=True)))
+    return EpochSchedule(dict(zip(when, shares, strict=True)), epochs)
+
+
+def stage_faults(sparsity: Any, epochs: Any, stages: Any) -> list[str]:
+    """Say what :func:`stages_of` cannot use."""
+    faults = count_faults(epochs=epochs)
+    if not faults and epochs < 2:
+        faults.append(f"epochs: expected at least 2, to prune and to fine-tune, but got {epochs}")
+    known = not faults
+    if isinstance(sparsity, Threshold) or target_faults({"sparsity": sparsity}) or not sparsity:
+        faults.append(f"sparsity: expected a share in (0, 1), but got {sparsity!r}")
+    wrong = [] if stages is None else count_faults(stages=stages)
+    if known and stages is not None and not wrong and stages > (room := pruning_epochs(epochs)):
+        wrong.append(
+            f"stages: expected at most {room}, one in each of the first two thirds of {epochs} "
+            f"epochs, but got {stages}"
+        )
+    return faults + wrong
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("\n- ".join(["A recipe cannot use its arguments:", *faults]))

@@ -16,11 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune._types import Masks, Scores
-from lightning_prune.callbacks.reading import unlogged
+from lightning_prune.callbacks.batch_sources import added_batches
 from lightning_prune.callbacks.scorer import Scorer
-from lightning_prune.callbacks.scoring import batch_sources
 from lightning_prune.masking import zero_removed
 from lightning_prune.passes.batches import batch_size, default_forward
+from lightning_prune.passes.isolation import unlogged
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import (
     Calibration,
@@ -132,12 +132,8 @@ class Refitter:
         """Return the calibration's real batches and the generated ones beside them."""
         real = self.scorer.calibration_batches(trainer)
         samples = sum(map(batch_size, real))
-        generated = [
-            batch
-            for source in batch_sources(trainer)
-            if "saliency" in source.inject
-            for batch in source.scoring_batches(trainer, module, samples)
-        ]
+        forward = self.scorer.options.forward
+        generated = list(added_batches(trainer, module, samples, forward))
         return real, generated
 
 

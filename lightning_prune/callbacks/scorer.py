@@ -22,7 +22,6 @@ from lightning_prune.callbacks.reading import (
     on_device,
     read_to_validate,
     undisturbed,
-    unlogged,
     validating,
 )
 from lightning_prune.callbacks.resumption import (
@@ -38,7 +37,7 @@ from lightning_prune.callbacks.scoring import (
 )
 from lightning_prune.callbacks.step_inputs import StepInputs
 from lightning_prune.passes.batches import batch_size, default_forward, take_samples
-from lightning_prune.passes.isolation import evaluating
+from lightning_prune.passes.isolation import evaluating, unlogged
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit import Refit
 from lightning_prune.selection import Criterion

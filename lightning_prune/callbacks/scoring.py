@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Scores
+from lightning_prune.callbacks.batch_sources import added_batches
 from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
@@ -33,29 +34,9 @@ from lightning_prune.saliency import (
 from lightning_prune.saliency.parameters import check_scores
 
 
-@runtime_checkable
-class BatchSource(Protocol):
-    """A callback that has batches of its own to add to a scoring pass."""
-
-    inject: tuple[str, ...]
-
-    def scoring_batches(
-        self, trainer: Trainer, pl_module: LightningModule, samples: int
-    ) -> Iterator[Any]:
-        """Yield batches in the form of the user's own, to stand beside ``samples`` real samples."""
-
-    def before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note that masks are about to change."""
-
-
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return a Trainer's callbacks, an attribute which Lightning does not declare."""
     return list(getattr(trainer, "callbacks", ()))
-
-
-def batch_sources(trainer: Trainer) -> list[BatchSource]:
-    """Return the callbacks of a Trainer that take part in scoring."""
-    return [callback for callback in callbacks_of(trainer) if isinstance(callback, BatchSource)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +114,7 @@ class ScoringPass:
         self._accumulator.distributed_available_fn = _alone  # the sums are reduced in `finish`
         self._seconds = 0.0
         self._outputs: list[Any] = []
+        self._forward = options.forward
         self._hook = None if options.forward else module.register_forward_hook(self._see)
         self._shard: Shard | None = None
         self._pool = Pool()
@@ -220,11 +202,9 @@ class ScoringPass:
     def add_generated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score what other callbacks put beside the real samples seen so far."""
         self.score_pool()
-        real = self._accumulator.samples
-        for source in batch_sources(trainer):
-            if real and "saliency" in source.inject:
-                for batch in source.scoring_batches(trainer, pl_module, real):
-                    self.add(batch)
+        if real := self._accumulator.samples:
+            for batch in added_batches(trainer, pl_module, real, self._forward):
+                self.add(batch)
 
     def finish(self, trainer: Trainer) -> ScoringResult | None:
         """Sum over all processes; ``None`` if nothing was scored anywhere.

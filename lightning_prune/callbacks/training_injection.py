@@ -19,11 +19,11 @@ from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.adaptive_mix import AdaptiveMix
 from lightning_prune.callbacks.batch_join import BatchJoin, whole
 from lightning_prune.callbacks.encoding import read_form
-from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.saliency_pruning import pruners_of
 from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
+from lightning_prune.passes.isolation import unlogged
 from lightning_prune.passes.teacher import Teacher
 
 TrainBy: TypeAlias = Literal["distill", "batch"]

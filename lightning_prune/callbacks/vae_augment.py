@@ -22,11 +22,11 @@ from lightning_prune.callbacks.generator_callback import GeneratorCallback
 from lightning_prune.callbacks.generator_choice import GeneratorChoice
 from lightning_prune.callbacks.generator_training import GeneratorTraining
 from lightning_prune.callbacks.preflight import peek_batch
-from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.callbacks.reporting import without_lent
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_injection import TrainBy, TrainingInjection
 from lightning_prune.callbacks.vae_arguments import check_arguments, check_together
+from lightning_prune.passes.isolation import unlogged
 from lightning_prune.saliency import default_forward
 
 

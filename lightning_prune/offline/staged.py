@@ -20,8 +20,9 @@ from lightning_prune._types import Forward, Masks
 from lightning_prune.masking import count_removed, find_prunable
 from lightning_prune.offline.descent import Descent, Scoring
 from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
+from lightning_prune.offline.reading import read_batches, several_batches
 from lightning_prune.passes.batches import default_forward
-from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.passes.isolation import unlogged
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Likelihood, Target
@@ -54,7 +55,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     and, with ``refit``, corrects the ones that stay so that the network stays close to what it was
     before the first stage. The batches are kept in memory; labels are used by targets that need
     them, and by nothing else. What is used of the model is its eval mode; modes, gradients and the
-    random state are as before.
+    random state are as before, and what the ``forward`` of a LightningModule logs is dropped.
 
     Args:
         model: A trained network. Its weights are changed only if all goes well.
@@ -89,6 +90,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         Parameter name -> bool tensor, ``True`` = kept.
 
     Raises:
+        TypeError: ``batches`` is one tensor or mapping, not an iterable of batches.
         ValueError: Arguments that cannot be used; no batches; a layer that ``criterion="obs"``
             (or ``"obc"``) has no price for.
         NonFiniteScoresError: A score is not finite.
@@ -113,28 +115,36 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     path = _path(sparsity, stages, chosen, masks or {})
     _check(selection, ranking, generator, generated, likelihood, chosen, path)
     method = refit_method(refit)
-    with own_randomness(torch.device("cpu"), seed, "batches"):  # a DataLoader draws a seed
-        real = list(batches)
-    if not real:
-        raise ValueError("Expected at least one batch to prune by but `batches` was empty.")
     forward = default_forward if forward is None else forward
+    real = read_batches(batches, seed)
     scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, forward)
     descent = Descent(scoring, selection, method)
-    extra: list[Any] = []
-    if generator is not None:
-        draw = partial(
-            generated_batches,
-            model,
-            real,
-            generator,
-            forward=forward,
-            likelihood=likelihood,
-            seed=seed,
-        )
-        if generated == "auto":
-            extra = chosen_batches(descent.trial(path, masks), real, draw)
-        else:
-            extra = draw(generated)
+    with unlogged(model), several_batches(real):
+        extra: list[Any] = []
+        if generator is not None:
+            draw = partial(
+                generated_batches,
+                model,
+                real,
+                generator,
+                forward=forward,
+                likelihood=likelihood,
+                seed=seed,
+            )
+            if generated == "auto":
+                extra = chosen_batches(descent.trial(path, masks), real, draw)
+            else:
+                extra = draw(generated)
+        masks = _descended(descent, path, masks, real, extra)
+    with torch.inference_mode(False):  # masks are for later use, whatever the mode is here
+        return {name: mask.clone() for name, mask in masks.items()}
+
+
+def _descended(
+    descent: Descent, path: list[float], masks: Masks | None, real: list[Any], extra: list[Any]
+) -> Masks:
+    """Go down, and say what did not go as asked for; or leave the model as it was."""
+    model = descent.scoring.model
     dense = Teacher.of(model)
     try:
         masks, guarded, left = descent(dense, path, masks, real, extra)
@@ -142,17 +152,16 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             warnings.warn(
                 f"{', '.join(guarded)} would have lost too much; the guard against collapse "
                 "left them more than the ranking asks for.",
-                stacklevel=2,
+                stacklevel=3,
             )
         if notes := [f"{name}: {why}" for name, why in left.items()]:
             warnings.warn(
-                f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=2
+                f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=3
             )
     except BaseException:  # a warning may be one, too
         dense.restore(model)
         raise
-    with torch.inference_mode(False):  # masks are for later use, whatever the mode is here
-        return {name: mask.clone() for name, mask in masks.items()}
+    return masks
 
 
 def _path(

@@ -58,7 +58,7 @@ def read_inputs(batch: Any) -> Tensor:
         return batch[0]
     raise BatchFormatError(
         "Expected a batch that is a tensor, a sequence starting with a tensor, or a dict, but got "
-        f"{_describe(batch)}. {WAY_OUT}"
+        f"{describe_batch(batch)}. {WAY_OUT}"
     )
 
 
@@ -107,7 +107,8 @@ def default_call(module: nn.Module, batch: Any) -> Any:
         )
         raise BatchFormatError(
             f"Expected {type(module).__name__} to accept {called}, read by the default forward "
-            f"from {_describe(batch)}, but it raised {type(error).__name__}: {error}. {WAY_OUT}"
+            f"from {describe_batch(batch)}, but it raised {type(error).__name__}: {error}. "
+            f"{WAY_OUT}"
         ) from error
 
 
@@ -133,7 +134,8 @@ def unwrap_logits(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits.transpose(1, 2) if logits.ndim == 3 else logits
     raise BatchFormatError(
-        f"Expected the model to return logits as a tensor, but got {_describe(output)}. {WAY_OUT}"
+        "Expected the model to return logits as a tensor, but got "
+        f"{describe_batch(output)}. {WAY_OUT}"
     )
 
 
@@ -149,7 +151,7 @@ def batch_size(batch: Any) -> int:
         return sizes[0]
     raise BatchFormatError(
         "Expected a batch with a tensor whose axis 0 counts samples, but got "
-        f"{_describe(batch)}. {WAY_TO_SAMPLES}"
+        f"{describe_batch(batch)}. {WAY_TO_SAMPLES}"
     )
 
 
@@ -247,7 +249,13 @@ def _keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(value: Any) -> str:
+def describe_batch(value: Any) -> str:
+    """Return the form of a batch, or of a part of it, in a few words for a message.
+
+    Example:
+        >>> describe_batch((torch.ones(2, 3), [1]))
+        'a tuple of Tensor, list'
+    """
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

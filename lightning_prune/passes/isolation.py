@@ -18,6 +18,9 @@ WITHOUT_OWN_STATE = ("cpu", "mps", "meta")
 """Device types beside which only the CPU's random state has to be kept (or can be: MPS has one
 state for all devices and no way to name it by device)."""
 
+LOGGING = ("log", "log_dict")
+"""Methods by which a LightningModule writes down numbers."""
+
 
 def derived_seed(*key: int | str) -> int:
     """Return a seed for the draw that ``key`` names, e.g. ``(seed, "fit", step, rank)``.
@@ -108,6 +111,39 @@ def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[N
     finally:
         for submodule in changed:
             submodule.training = True
+
+
+@contextmanager
+def unlogged(model: nn.Module) -> Iterator[None]:
+    """Have ``self.log`` and ``self.log_dict`` of a LightningModule do nothing in a block.
+
+    What a ``forward`` logs belongs to the steps of the user's. In a pass of ours it would mix with
+    that, and outside of a fit's steps Lightning refuses it: also after the fit, which leaves its
+    Trainer on the module.
+
+    Args:
+        model: Any module; LightningModules in it are quiet as well, others with a method ``log``
+            (a logarithm, say) keep it.
+    """
+    held = [vars(module) for module in model.modules() if _logs(module)]
+    before = [{name: own[name] for name in LOGGING if name in own} for own in held]
+    for own in held:
+        own.update(dict.fromkeys(LOGGING, _nothing))
+    try:
+        yield
+    finally:
+        for own, kept in zip(held, before, strict=True):
+            for name in LOGGING:
+                own.pop(name, None)
+            own.update(kept)
+
+
+def _logs(module: nn.Module) -> bool:
+    """Whether it is a LightningModule, as far as this room, which knows no Lightning, can tell."""
+    return all(callable(getattr(type(module), name, None)) for name in (*LOGGING, "training_step"))
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from lightning_prune.refit.report import RefitReport
 ROUND_OFF = 1e-12
 """An improvement below this share of the targets' squares is none."""
 
+NOTHING = "there is nothing to correct"
+
 
 def refit_layers(
     model: nn.Module, masks: Masks, calibration: Calibration, *, ridge: float | None = None
@@ -103,7 +105,7 @@ def refit_layers(
                 if name in masks and reason is None:
                     report.refitted.append(name)
                     report.left.pop(name, None)
-                elif name in masks:
+                elif name in masks and reason != NOTHING:
                     report.left[name] = reason or ""
     return report
 
@@ -156,6 +158,8 @@ def _refit(
         return "its layer's inputs or the dense layer's outputs are not finite"
     now, keep = _rows(layer), keep.to(gram.device)
     before = now.to(gram)
+    if all(_is_exact(moments, before, now.dtype) for moments in (found, checked)):
+        return NOTHING
     ridge = ridge_for(found.positions) if ridge is None else ridge
     try:
         solved = torch.stack(
@@ -177,6 +181,12 @@ def _refit(
         )
     _write(layer, rows)
     return None
+
+
+def _is_exact(moments: Moments, rows: Tensor, precision: torch.dtype) -> bool:
+    """Whether rows give the targets but for what these lose in the precision they came in."""
+    lost = max(ROUND_OFF, torch.finfo(precision).eps ** 2)
+    return moments.error(rows) <= lost * moments.squares
 
 
 def _solve(gram: Tensor, cross: Tensor, keep: Tensor, now: Tensor, ridge: float) -> Tensor:

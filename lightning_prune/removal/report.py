@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.passes.isolation import evaluating, own_randomness, plain_attention
+from lightning_prune.passes.isolation import evaluating, own_randomness, plain_attention, unlogged
 from lightning_prune.removal.calls import answer, resized
 from lightning_prune.removal.costs import Costs, measure_costs
 from lightning_prune.removal.latency import Latency, interleaved
@@ -162,14 +162,17 @@ def compare(
             f"Expected argument `batch_sizes` to be positive numbers, but got {[*batch_sizes]}."
         )
     samples = max(batch_sizes)
-    agreement = agree(before, after, example_inputs)
-    return Comparison(
-        before=measure_costs(before, example_inputs, samples=samples),
-        after=measure_costs(after, example_inputs, samples=samples),
-        latency=_latencies(before, after, example_inputs, batch_sizes, rounds) if latency else {},
-        agreement=agreement,
-        samples=samples,
-    )
+    with unlogged(before), unlogged(after):
+        agreement = agree(before, after, example_inputs)
+        return Comparison(
+            before=measure_costs(before, example_inputs, samples=samples),
+            after=measure_costs(after, example_inputs, samples=samples),
+            latency=_latencies(before, after, example_inputs, batch_sizes, rounds)
+            if latency
+            else {},
+            agreement=agreement,
+            samples=samples,
+        )
 
 
 def agree(before: nn.Module, after: nn.Module, example_inputs: Any) -> Agreement:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.exceptions import SaliencyError
-from lightning_prune.passes.isolation import eager
+from lightning_prune.passes.isolation import eager, unlogged
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
 
     Inside: eval mode, gradients on, inference mode and autocast off (scores are those of the
     weights as they are stored), the given parameters require gradients, compiled modules run
-    eagerly, and random numbers drawn by the model (a stochastic forward) leave the caller's
-    generators untouched.
+    eagerly, what a LightningModule's ``forward`` logs is dropped, and random numbers drawn by the
+    model (a stochastic forward) leave the caller's generators untouched.
 
     Raises:
         SaliencyError: If a batch norm layer is in train mode or keeps no running statistics; the
@@ -43,6 +43,7 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
             eager(),
+            unlogged(model),
         ):
             for module in training:
                 module.training = False

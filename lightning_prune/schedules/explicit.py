@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_prune._targets import (
     Target,
     Threshold,
     as_target,
+    count_faults,
     epoch_faults,
     is_epoch,
     raise_faults,
@@ -25,6 +26,8 @@ class EpochSchedule(Schedule):
     Args:
         targets: Epoch (counted from 0) -> target. Shares must not decrease with the epoch, because
             a removed weight stays removed. Thresholds may: scores shrink as a network grows sure.
+        epochs: The length of the fit that it is made for: one of another length is warned of. By
+            default it is for any.
 
     Raises:
         TypeError: ``targets`` is not a mapping.
@@ -37,6 +40,7 @@ class EpochSchedule(Schedule):
     """
 
     targets: dict[int, float | Threshold]
+    epochs: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check every epoch and target, and put them in order."""
@@ -50,6 +54,8 @@ class EpochSchedule(Schedule):
             for epoch in self.targets
             if not is_epoch(epoch)
         ]
+        if self.epochs is not None:
+            faults += count_faults(epochs=self.epochs)
         ordered = {int(e): self.targets[e] for e in sorted(filter(is_epoch, self.targets))}
         raise_faults(faults + target_faults(ordered))
         ordered = {epoch: as_target(target) for epoch, target in ordered.items()}

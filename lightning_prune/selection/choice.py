@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune._targets import Target, Threshold, is_epoch, is_number, target_fault
 from lightning_prune._types import Masks, Scores
 from lightning_prune.selection.checks import check_masks, check_saliency, check_scores
-from lightning_prune.selection.n_m import is_limit, parse_pattern, select_n_m
+from lightning_prune.selection.n_m import is_limit, is_n_m, parse_pattern, select_n_m
 from lightning_prune.selection.ranking import complete_masks
 from lightning_prune.selection.regrowth import regrow
 from lightning_prune.selection.structured import (
@@ -153,6 +153,33 @@ class Selection:
             min_density=self.min_density,
         )
         return Selected(selected, guarded, count)
+
+    def reaches(self, masks: Masks, share: float) -> bool:
+        """Tell whether masks remove a share, as nearly as whole pieces of this size come to it.
+
+        Example:
+            >>> import torch
+            >>> kept = torch.tensor([[True, True, True], [False, False, False]])
+            >>> [Selection(kind).reaches({"weight": kept}, 0.6) for kind in ("weight", "unit")]
+            [False, True]
+        """
+        total = sum(mask.numel() for mask in masks.values())
+        missing = round(share * total) - sum(int((~mask).sum()) for mask in masks.values())
+        if missing <= 0 or self.granularity == "weight":
+            return missing <= 0
+        pattern = parse_pattern(self.granularity)
+        if pattern is not None and is_limit(share, *pattern):  # rows may end with a part of a group
+            return all(is_n_m(mask, *pattern) for mask in masks.values())
+        pieces = [self._largest(name, mask) for name, mask in masks.items()]
+        return missing < (sum(pieces) if self.scope == "layer" else max(pieces))
+
+    def _largest(self, name: str, mask: Tensor) -> int:
+        """Return how many weights the largest piece that is left of a parameter takes along."""
+        pattern = parse_pattern(self.granularity)
+        if pattern is not None:
+            return pattern[1] - pattern[0]
+        grouping = grouping_of(name, mask.shape, self.granularity, self.heads)
+        return int(grouping.rows(mask).sum(1).max()) if isinstance(grouping, Grouping) else 0
 
     def faults(self, parameters: Mapping[str, Tensor], targets: Iterable[Target] = ()) -> list[str]:
         """List what about parameters and targets this selection cannot serve; empty if all is fine.

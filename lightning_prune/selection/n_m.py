@@ -96,6 +96,11 @@ def is_limit(share: float, n: int, m: int) -> bool:
     return abs(share - (1 - n / m)) < 1e-9
 
 
+def is_n_m(mask: Tensor, n: int, m: int) -> bool:
+    """Tell whether a mask keeps at most ``n`` of each ``m``."""
+    return bool((_cut(mask, m).sum(1) <= n).all())
+
+
 def cut_into_groups(score: Tensor, mask: Tensor, n: int, m: int) -> Groups:
     """Cut a parameter into groups of ``m`` and find the ``n`` strongest of each.
 

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_prune import Selection, prune, sparsity
 from lightning_prune.callbacks import recipes
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.distillation import DistillationCallback
@@ -175,3 +176,36 @@ def test_arguments_out_of_range_are_named_together() -> None:
 def test_steps_are_no_unit_of_a_recipe() -> None:
     with pytest.raises(ValueError, match="every_n_train_steps"):
         recipes.best(0.9, 6, every_n_train_steps=100)
+
+
+def test_faults_of_all_parts_are_named_together() -> None:
+    with pytest.raises(ValueError, match="A recipe cannot use") as caught:
+        recipes.best(2.0, 1, refit="foo", criterion="bar", distill=7, tolerance=3)
+    for name in ("epochs", "sparsity", "refit", "criterion", "weight", "tolerance"):
+        assert f"`{name}`" in str(caught.value) or f"- {name}:" in str(caught.value), name
+
+
+@pytest.mark.parametrize(
+    ("selection", "share", "more"),
+    [
+        (Selection("unit"), 0.5, 0.6),
+        (Selection("channel"), 0.4, 0.6),
+        (Selection("unit", scope="layer"), 0.45, 0.6),
+        (Selection("2:4"), 0.3, 0.5),
+        (Selection("2:3"), 1 / 3, 0.5),  # the end of a row keeps its one weight
+        (Selection(), 0.5, 0.501),
+    ],
+)
+def test_masks_as_sparse_as_whole_pieces_come_to_it_make_no_stages(selection, share, more) -> None:
+    model = make_model()
+    options = {"sparsity": share, "selection": selection, "stages": 2}
+    masks = prune(model, [digits()[0][:128]], **options)
+    assert abs(sparsity(masks) - share) < 0.05
+    best = recipes.best(share, 3, masks=masks, selection=selection)
+    assert best[0].schedule.targets == {}
+    assert recipes.best(more, 3, masks=masks, selection=selection)[0].schedule.targets
+
+
+def test_what_is_no_mask_is_told_as_the_pruner_tells_it() -> None:
+    with pytest.raises(TypeError, match="bool tensors"):
+        recipes.best(0.5, 3, masks={"net.0.weight": torch.ones(2)})

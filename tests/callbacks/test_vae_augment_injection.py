@@ -405,3 +405,35 @@ def test_several_inputs_are_refused_in_one_voice() -> None:
     with pytest.raises(BatchFormatError, match=r"keys \['a', 'b', 'y'\]") as caught:
         trainer.fit(Two(), DataLoader(items, 8), DataLoader(items, 8))
     assert "Pass `forward=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"criterion": "obc"}, {"criterion": "magnitude", "refit": "layers"}],
+    ids=["scores", "prices", "refit"],
+)
+def test_a_forward_that_reads_another_form_than_the_trainings_is_told(options) -> None:
+    real = [{"x": X[1000:1100], "y": Y[1000:1100]}]
+
+    def dicts(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return module(batch["x"])
+
+    def both(module: nn.Module, batch) -> Tensor:
+        return module(batch["x"] if isinstance(batch, dict) else batch[0])
+
+    def run(forward, inject=("saliency",)) -> tuple[SaliencyPruningCallback, Digits]:
+        cutting = SaliencyPruningCallback({0: 0.5}, forward=forward, scoring_loader=real, **options)
+        vae = VAEAugmentCallback(inject=inject, warmup=1)
+        model.append(Digits())
+        fit([cutting, vae], model=model[-1])
+        return cutting, model[-1]
+
+    model: list[Digits] = []
+    told = r"read the batches of VAEAugmentCallback.*a list of Tensor, Tensor.*leave 'saliency' out"
+    with pytest.raises(BatchFormatError, match=told):
+        run(dicts)
+    assert not any((p == 0).any() for n, p in model[0].named_parameters() if n.endswith("weight"))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model[0].modules())
+    for forward, inject in ((both, ("saliency",)), (dicts, ())):
+        cutting, _ = run(forward, inject)
+        assert cutting.sparsity == pytest.approx(0.5, abs=1e-3)

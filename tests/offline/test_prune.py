@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
 from lightning_prune import SaliencyAccumulator, Selection, prune, sparsity, squared_gradients
+from lightning_prune.exceptions import BatchFormatError, NonFiniteScoresError
 from lightning_prune.offline import descent
 from lightning_prune.passes.batches import batch_size, take_samples
 from lightning_prune.refit import method
@@ -477,3 +478,49 @@ def test_the_masks_of_a_compiled_model_have_the_models_names() -> None:
     masks = prune(torch.compile(model, backend="eager"), [torch.randn(64, 8)], sparsity=0.5)
     assert list(masks) == ["0.weight", "2.weight"]
     assert sparsity(model) == sparsity(masks) == pytest.approx(0.5)
+
+
+def test_one_batch_in_place_of_a_list_is_told(model, trained, batches) -> None:
+    x, y = batches[0]
+    with pytest.raises(
+        TypeError, match=r"iterable of batches, but got one tensor of shape \(200, 64"
+    ):
+        prune(model, x, sparsity=0.5, criterion="magnitude")
+    with pytest.raises(TypeError, match=r"one dict with the keys \['x', 'y'\].*`\[batch\]`"):
+        prune(model, {"x": x, "y": y}, sparsity=0.5)
+    for one in ((x, y), [x, y]):
+        for forward in (None, lambda m, b: m(b[0])):
+            with pytest.raises(BatchFormatError, match=r"\(200, 64\), \(200,\).*`\[\(x, y\)\]`"):
+                prune(model, one, sparsity=0.5, refit="layers", forward=forward)
+    assert same(model, trained)
+
+
+@pytest.mark.parametrize("batch", [lambda x: x, lambda x: torch.cat([x, x], 1)[:, :64]])
+def test_tensors_that_are_batches_stay_batches(model, batches, batch) -> None:
+    x = batches[0][0]
+    prune(model, (x, batch(x)), sparsity=0.5)
+    assert zeros(model) == 1776
+
+
+def test_an_error_that_has_nothing_to_do_with_the_form_stays_itself(model, batches) -> None:
+    x = batches[0][0]
+    with pytest.raises(NonFiniteScoresError):
+        prune(model, [x * math.nan, x], sparsity=0.5)
+    with pytest.raises(BatchFormatError, match="Expected Sequential to accept"):
+        prune(model, [x[:, :5], x[:50, :5]], sparsity=0.5)
+
+
+def test_weights_that_no_input_reaches_are_no_failure_of_a_refit(batches) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    read = (batches[0][0] != 0).any(0)
+    model[0].weight.data[:, read] += 1  # so that what no input reaches goes first
+    model[2].weight.data += 1
+    dead = 16 * int((~read).sum())
+    assert dead > 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unread = [(x * read, y) for x, y in batches]
+        options = {"sparsity": dead / 1184, "criterion": "magnitude", "refit": "layers"}
+        masks = prune(model, unread, **options)
+    assert not masks["0.weight"][:, ~read].any()

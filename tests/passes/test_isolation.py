@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_prune.passes.isolation import derived_seed, evaluating, own_randomness
+from lightning_prune.passes.isolation import derived_seed, evaluating, own_randomness, unlogged
 
 CPU = torch.device("cpu")
 
@@ -55,3 +56,32 @@ def test_recurrent_layers_stay_differentiable():
     with evaluating(model, differentiable=True):
         assert model[0].training
         assert not model[1].training
+
+
+class _Logarithm(nn.Module):
+    """Has a ``log`` that is something else, and part of its work."""
+
+    def log(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.log(x)
+
+
+def test_lightning_modules_are_quiet_wherever_they_are_and_nothing_else_is():
+    class Logging(L.LightningModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.log("mean", x.mean())
+            self.log_dict({"mean": x.mean()})
+            return x
+
+    inner, said = Logging(), []
+    inner.log_dict = said.append  # somebody's own
+    model = nn.Sequential(_Logarithm(), inner)
+    with unlogged(model), unlogged(model):  # in one another, too
+        assert bool(model(torch.ones(2)).eq(0).all())
+    assert said == []
+    with pytest.raises(RuntimeError, match="inside"), unlogged(model):
+        raise RuntimeError("inside")
+    assert "log" not in vars(inner)
+    assert inner.log_dict == said.append

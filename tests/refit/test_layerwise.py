@@ -513,3 +513,36 @@ def test_the_pass_that_finds_the_layers_sees_their_order() -> None:
         found, left = layers_module.find_layers(model, names, [lambda: model(torch.ones(2, 4))])
     assert [layer.name for layer in found] == ["first.weight", "second.weight"]
     assert left == {}
+
+
+def unread(dtype: torch.dtype) -> tuple[nn.Module, Masks, Calibration]:
+    """Return a network that has lost only weights of inputs that are always 0."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(400, 8, dtype=dtype)
+    x[:, 5:] = 0
+    dense = Teacher.of(model)
+    masks = {
+        name: torch.ones_like(model.get_parameter(name)) > 0 for name in ("0.weight", "2.weight")
+    }
+    masks["0.weight"][:, 5:] = False
+    model[0].weight.data.mul_(masks["0.weight"])
+    return model, masks, Calibration(dense, [x[:300]], [x[300:]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_where_nothing_was_lost_nothing_is_said(dtype: torch.dtype) -> None:
+    model, masks, calibration = unread(dtype)
+    before = state(model)
+    report = refit_layers(model, masks, calibration)
+    assert (report.refitted, report.left) == ([], {})
+    assert_same(model, before)
+
+
+def test_a_small_error_is_still_corrected_and_a_hopeless_one_said() -> None:
+    model, masks, calibration = unread(torch.float32)
+    calibration.batches[0][:, 5] = 1e-2
+    calibration.held_out[0][:, 5] = 1e-2
+    assert refit_layers(model, masks, calibration).refitted == ["0.weight", "2.weight"]
+    model, masks, calibration = unread(torch.float32)
+    calibration.batches[0][:, 5] = torch.randn(300)  # which those held out know nothing of
+    assert "no better" in refit_layers(model, masks, calibration).left["0.weight"]
