@@ -27,12 +27,12 @@ from lightning_prune.callbacks.averages import averaged_copies, averaging_after
 from lightning_prune.callbacks.batch_norm_pass import average, batch_norms, estimate_statistics
 from lightning_prune.callbacks.fed_inputs import Call, InputCheck, first_call
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
-from lightning_prune.callbacks.reading import on_device, undisturbed, unlogged
+from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.saliency_pruning import pruners_of
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, default_call
-from lightning_prune.passes.isolation import evaluating
+from lightning_prune.passes.isolation import evaluating, unlogged
 
 
 class BatchNormStatistics(Callback):

@@ -19,10 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.augment.mixing import Likelihood, distillation_loss
 from lightning_prune.callbacks.dense_weights import DenseWeights
 from lightning_prune.callbacks.preflight import PruningSetupError
-from lightning_prune.callbacks.reading import unlogged
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, unwrap_logits
-from lightning_prune.passes.isolation import own_randomness
+from lightning_prune.passes.isolation import own_randomness, unlogged
 from lightning_prune.passes.teacher import Teacher
 
 

@@ -20,13 +20,18 @@ from lightning_prune.refit import Refit, refit_method
 from lightning_prune.schedules.explicit import EpochSchedule
 from lightning_prune.selection import Selection, resolve_criterion
 
+ENOUGH_LEFT = 1 / 3
+"""The share that a stage has to keep for OBC: its prices hold near the network they are of. On
+784-40-20-10 at 98 % it was above w^2 R by 4 points in four stages (38 % kept in each), and below it
+by 12 in three, 46 in two and 65 in one, where the first layer lost nearly all."""
+
 
 def best(
     sparsity: float,
     epochs: int,
     *,
     stages: int | None = None,
-    criterion: Any = "obc",
+    criterion: Any = None,
     refit: bool | Refit = False,
     distill: bool | float | DistillationCallback = False,
     decay: bool = True,
@@ -47,8 +52,10 @@ def best(
         sparsity: The share of all prunable weights removed in the end, in (0, 1).
         epochs: ``max_epochs`` of the Trainer, at least 2; with another number the fit warns.
         stages: Pruning events; by default one in each of the first two thirds of the epochs.
-        criterion: As for :class:`SaliencyPruningCallback`. ``"obc"`` has prices for linear layers
-            and convolutions; with others in the model exclude them, or choose ``"taylor"``.
+        criterion: As for :class:`SaliencyPruningCallback`. By default ``"obc"``, which has prices
+            for linear layers and convolutions (with others in the model exclude them, or choose
+            ``"taylor"``); and ``"taylor"`` where there are so few stages that one removes more than
+            two thirds of what is left.
         refit: As for :class:`SaliencyPruningCallback`.
         distill: The weight of the distillation from the network that the fit begins with, False or
             0 for none, True for 0.5; or a :class:`DistillationCallback`, for instance with
@@ -83,7 +90,7 @@ def best(
         )
     faults = [
         *stage_faults(sparsity, epochs, stages),
-        *_faults_of(lambda: resolve_criterion(criterion)),
+        *_faults_of(lambda: resolve_criterion("obc" if criterion is None else criterion)),
         *_faults_of(lambda: refit_method(refit)),
         *_faults_of(lambda: SaliencyPruningCallback({}, **pruner)),
     ]
@@ -93,6 +100,9 @@ def best(
     schedule = stages_of(sparsity, epochs, stages)
     if _are_enough(pruner.get("masks"), sparsity, pruner.get("selection")):
         schedule = EpochSchedule({}, epochs)
+    if criterion is None:
+        count = pruning_epochs(epochs) if stages is None else stages
+        criterion = "obc" if (1 - sparsity) ** (1 / count) >= ENOUGH_LEFT else "taylor"
     callbacks: list[Callback] = [
         SaliencyPruningCallback(schedule, criterion=criterion, refit=refit, **pruner)
     ]

@@ -40,12 +40,24 @@ def test_the_list_has_each_part_that_is_not_switched_off() -> None:
     assert [type(c) for c in recipes.best(0.9, 12, distill=True)] == kinds
     assert [type(c) for c in recipes.best(0.9, 12)] == [*kinds[:1], *kinds[2:]]
     assert recipes.best(0.9, 12)[0]._pruner.criterion.name == "obc"
+    assert recipes.best(0.99, 12)[0]._pruner.criterion.name == "obc"
     for off, kind in zip(("distill", "decay", "batch_norm"), kinds[1:], strict=True):
         left = [type(c) for c in recipes.best(0.9, 12, **{"distill": True, off: False})]
         assert left == [k for k in kinds if k is not kind]
     mine = DistillationCallback(0.1, module="net")
     assert recipes.best(0.9, 12, distill=mine)[1] is mine
     assert recipes.best(0.9, 12, distill=True)[1].weight == 0.5  # not 1: the labels would be out
+
+
+def test_few_large_stages_are_ranked_by_taylor():
+    def ranking(*args, **options):
+        return recipes.best(*args, **options)[0]._pruner.criterion.name
+
+    assert ranking(0.98, 2) == ranking(0.98, 12, stages=1) == "taylor"
+    assert ranking(0.98, 12, stages=3) == "taylor"  # keeps 27 % in each
+    assert ranking(0.98, 12, stages=4) == "obc"  # 38 %
+    assert ranking(0.5, 2) == "obc"
+    assert ranking(0.98, 2, criterion="obc") == "obc"  # asked for
 
 
 def test_arguments_reach_their_parts() -> None:
