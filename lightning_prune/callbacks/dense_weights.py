@@ -94,9 +94,18 @@ class DenseWeights:
                 )
             self.teacher = self.teacher.like(target)
         elif pruned or not pruners or self.source == "fit_start":
-            if pruned:
+            if pruned and self._holds_masks(pruners):
                 rank_zero_warn(_PRUNED)
             self.teacher, self._of_a_start = Teacher.of(target), not pruned
+
+    def _holds_masks(self, pruners: Collection[SaliencyPruningCallback]) -> bool:
+        """Whether the masks are in the weights yet: a pruner further down the list puts them in."""
+        model = None if self._student is None else self._student()
+        return model is None or not any(
+            model.get_parameter(name)[~mask.to(model.get_parameter(name).device)].any()
+            for pruner in pruners
+            for name, mask in pruner.masks.items()
+        )
 
     def keep(self, target: nn.Module) -> None:
         """Keep the weights before they are pruned, if none are kept yet."""

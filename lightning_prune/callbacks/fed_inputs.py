@@ -8,6 +8,7 @@ the step (``self(x / 255)``) whether that calls the model, or a part of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ def first_call(module: nn.Module, run: Callable[[], Any]) -> Call | None:
     returned = False
 
     def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # traced, where nothing may be kept
+            return
         if not returned and (fed := _tensor_of(args, kwargs)) is not None:
             found.append((layer, fed.detach().clone()))
 
     def after(*_: Any) -> None:
         nonlocal returned
-        returned = True
+        if not torch.compiler.is_compiling():
+            returned = True
 
     handles = [
         part.register_forward_pre_hook(before, with_kwargs=True) for part in module.modules()
@@ -84,11 +88,14 @@ class InputCheck:
             ]
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # traced, where nothing may be kept
+            return
         rows = self._rows.setdefault(layer, [])
         if len(rows) < MOST_CALLS and (fed := _tensor_of(args, kwargs)) is not None:
-            fed = fed.detach()
-            largest = fed.reshape(len(fed), -1).abs().sum(1).argmax()
-            rows.append(fed[largest].clone())
+            with suppress(Exception):  # in the user's own step, whatever tensor this may be
+                fed = fed.detach()
+                largest = fed.reshape(len(fed), -1).abs().sum(1).argmax()
+                rows.append(fed[largest].clone())
 
     def let_go(self) -> None:
         """Take the hooks off the model; what they have seen stays."""
@@ -99,7 +106,8 @@ class InputCheck:
         """End a watch: agree if a call of the expected layer had one of its samples."""
         if self.watching and self._expected is not None:
             layer, fed = self._expected
-            self.agrees = any(_holds(fed, row) for row in self._rows.get(layer, ()))
+            with suppress(Exception):  # what cannot be compared does not agree
+                self.agrees = any(_holds(fed, row) for row in self._rows.get(layer, ()))
         self.let_go()
         self._handles, self._rows, self._expected = [], {}, None
 
@@ -113,12 +121,11 @@ _READABLE |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _tensor_of(args: Any, kwargs: Any) -> Tensor | None:
-    """Return the first argument with samples in it; nothing within a graph that is compiled."""
-    if torch.compiler.is_compiling():
-        return None
+    """Return the first tensor among the arguments, if it has samples that can be compared."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            plain = value.layout is torch.strided and value.dtype in _READABLE
+            plain = value.layout is torch.strided and not value.is_nested
+            plain = plain and value.dtype in _READABLE
             return value if plain and value.dim() and value.numel() else None
     return None
 

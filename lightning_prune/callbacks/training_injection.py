@@ -109,9 +109,10 @@ class TrainingInjection:
         if self.teacher is None:
             if any(pruner.sparsity > 0 for pruner in pruners_of(trainer)):
                 rank_zero_warn(
-                    f"{self.name}: the model is pruned already and no dense weights were kept, as "
-                    "the checkpoint or the earlier fit had no such callback. The teacher is the "
-                    "pruned model as it is now; `teacher=` gives another."
+                    f"{self.name}: the model is pruned already (its pruner has masks: given, of a "
+                    "checkpoint or of an earlier fit), and no weights of this model from before "
+                    "are kept. The teacher is the pruned model as it is now; `teacher=` gives "
+                    "another."
                 )
             self.teacher = Teacher.of(pl_module)
 

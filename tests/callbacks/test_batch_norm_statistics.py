@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from contextlib import nullcontext
 from itertools import cycle, islice
 from typing import Any
@@ -415,3 +416,21 @@ def test_a_copy_leaves_the_model_behind() -> None:
     ours = BatchNormStatistics()
     fit(ours, max_epochs=1)
     pickle.loads(pickle.dumps(ours))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_compiled_model_cannot_be_looked_into(given: bool) -> None:
+    model = make_model()
+    model.compile(backend="eager")
+    ours = BatchNormStatistics(forward=(lambda module, batch: module(batch[0])) if given else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ours, model=model, max_epochs=2)
+    torch.compiler.reset()
+    said = [str(w.message) for w in caught if "BatchNormStatistics" in str(w.message)]
+    assert len(said) == (not given)
+    if given:
+        check(model, loaders()[0])
+    else:
+        assert "the model is compiled" in said[0]
+        assert model.net[1].num_batches_tracked == 10  # of the training steps

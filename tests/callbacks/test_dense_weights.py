@@ -99,6 +99,17 @@ def test_a_pruned_network_without_dense_weights_is_warned_of(teacher: str) -> No
         fit(*callbacks, model=model, max_epochs=1)
 
 
+def test_masks_given_to_a_dense_network_leave_it_to_learn_from() -> None:
+    model = fit(max_epochs=1)
+    dense = copied(model)
+    masks = prune(copy.deepcopy(model), list(loaders()[0]), sparsity=0.8)
+    ours = learning("fit_start")
+    # In front of the pruner, which puts the masks in: nothing to warn of.
+    fit(ours, SaliencyPruningCallback({}, masks=masks), model=model, max_epochs=1)
+    assert same(ours._teacher.weights, dense)
+    assert int((model.net[0].weight == 0).sum()) > 1000
+
+
 def test_a_submodule_takes_its_own_names_or_those_of_the_model() -> None:
     model = fit(max_epochs=1)
     for weights in (copied(model), copied(model.net)):
