@@ -225,19 +225,6 @@ def _rewind_faults(
     ]
 
 
-def warn_if_cut_short(trainer: Trainer, schedule: Schedule, clock: Clock) -> None:
-    """Warn when the fit ends before the schedule does."""
-    last, total, unit = schedule.last_epoch, clock.total(trainer), clock.unit
-    if last is None or total is None or getattr(trainer, "fast_dev_run", False):
-        return
-    if 0 < total <= last:
-        limit = f"max_epochs={total}" if clock.steps is None else f"max_steps={trainer.max_steps}"
-        rank_zero_warn(
-            f"The pruning schedule has targets up to {unit} {last}, but the fit ends after {unit} "
-            f"{total - 1} ({limit}): the last targets will not be reached."
-        )
-
-
 def refuse_empty_validation(trainer: Trainer, criterion: str) -> None:
     """Refuse validation loaders that are known to hold no batch.
 

@@ -60,22 +60,6 @@ def guarded_line(epoch: int, guarded: Iterable[str], density: Mapping[str, float
     )
 
 
-def missed_line(unit: str, missed: Iterable[int]) -> str:
-    """Say why targets that were due have made no event."""
-    return (
-        f"The pruning targets of {unit}s {list(missed)} were not reached: no validation has run in "
-        f"these {unit}s, nor after them, to score the weights in."
-    )
-
-
-def late_line(unit: str, passed: int, left: Iterable[int]) -> str:
-    """Say why targets are left out in a run that begins with a dense checkpoint."""
-    return (
-        f"The run goes on at {unit} {passed}, from a checkpoint without a state of this pruner: "
-        f"the targets of the {unit}s {list(left)} are past and left out. Give them later {unit}s."
-    )
-
-
 def table(history: list[PruningRecord]) -> str:
     """Return the events as a table, and below it the density of each parameter after the last one.
 

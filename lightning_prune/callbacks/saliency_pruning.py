@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -268,6 +268,8 @@ class SaliencyPruningCallback(Callback):
         # A run resumed between two epochs may come here without on_train_epoch_start.
         self._shrinking.see(batch)
         self._pruner.keeper.follow(trainer.optimizers)
+        if batch_idx == 0:  # somebody may have loaded weights at the start of the epoch
+            self._pruner.keeper.zero_weights()
         self._pruner.prune_if_due(trainer, pl_module)
 
     @override
@@ -285,8 +287,7 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if missed := self._pruner.missed(trainer):
-            rank_zero_warn(reporting.missed_line(self._pruner.clock.unit, missed))
+        self._pruner.end(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,7 +304,7 @@ class SaliencyPruningCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._pruner.let_go()
+        self._pruner.interrupt(trainer)
         self._shrinking.let_go()
 
     @override
@@ -339,8 +340,7 @@ class SaliencyPruningCallback(Callback):
         self._pruner.unpack(state_dict)
 
     def _metrics(self) -> dict[str, float]:
-        pruner = self._pruner
-        history = pruner.state.history
+        pruner, history = self._pruner, self._pruner.state.history
         masks = {} if history else self.masks  # copies, of no use where there are records
         return reporting.metrics(history, pruner.parameters, pruner.prefix, masks)
 

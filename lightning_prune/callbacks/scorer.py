@@ -163,6 +163,14 @@ class Scorer:
         self.let_go()
         return result
 
+    def score(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        """Score now what there is to score, nothing if the criterion needs no scores."""
+        if not self._scored:
+            return ScoringResult({}, 0, 0.0, 0.0)
+        if self.loader is not None:
+            return self.score_loader(trainer, module)
+        return self.score_validation(trainer, module)
+
     def score_validation(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
         """Score the validation batches now, in a resumed run that does not come to validate."""
         self.begin(trainer, module)
