@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
-from lightning_prune.callbacks import preflight, pruning_state, reporting
+from lightning_prune.callbacks import preflight, pruning_state
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.event import Chooser, Chosen, tell
@@ -88,7 +88,7 @@ class Pruner:
         self._chooser = Chooser(criterion, selection, self.refitter)
         self._chosen: Chosen | None = None  # ahead of another pruner's rewind
         self._restored = False
-        self._unreached = Unreached(schedule, clock)
+        self._unreached = Unreached(schedule, clock, own_loader=scorer.loader is not None)
         self._left_at: int | None = None  # the step at which a fit was interrupted
 
     # ------------------------------------------------------------------ the course of a fit
@@ -123,7 +123,8 @@ class Pruner:
         )
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
-        self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})
+        units = preflight.unnamed_units(self.selection, parameters, names)
+        self.scorer.prepare(list(parameters), self.criterion, idle=events == {}, units=units)
         self.parameters = parameters
         if self.keeper.masks:
             self.keeper.update(complete_masks(dict(parameters), self.keeper.masks))
@@ -239,8 +240,7 @@ class Pruner:
         removed, total = count_removed(self.keeper.masks)  # none of none before the first event
         if isinstance(target, float) and round(target * total) < removed:
             self._done(count)
-            line = reporting.already_line(self.clock.unit, count, target, removed / total)
-            rank_zero_info(line)
+            self._unreached.already(count, target, removed / total)
             return None
         return target
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune._targets import Target, Threshold, describe_target
+from lightning_prune._targets import Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.masking import sparsity
@@ -34,14 +34,6 @@ def event_line(record: PruningRecord) -> str:
         f"Epoch {record['epoch']}: pruned to {100 * record['sparsity']:.1f} % "
         f"({record['kept']:,} of {record['total']:,} weights left; {removed}; "
         f"{record['seconds']:.1f} s)."
-    )
-
-
-def already_line(unit: str, count: int, target: Target, sparsity: float) -> str:
-    """Say why a target makes no event."""
-    return (
-        f"{unit.capitalize()} {count}: nothing to prune, {describe_target(target)} is asked for "
-        f"and {100 * sparsity:.1f} % are removed already."
     )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_prune._targets import Target
+from lightning_prune._targets import Target, describe_target
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.pruning_state import PruningState
 from lightning_prune.masking import count_removed
@@ -24,9 +24,11 @@ class Unreached:
     Args:
         schedule: When how much.
         clock: What the schedule counts.
+        own_loader: Whether weights are scored on a loader of their own.
     """
 
-    def __init__(self, schedule: Schedule, clock: Clock) -> None:
+    def __init__(self, schedule: Schedule, clock: Clock, *, own_loader: bool = False) -> None:
+        self._why = "no validation has run" if not own_loader else "scoring_loader had no batch"
         self.schedule = schedule
         self.clock = clock
         self._told: int | None = None  # from this count on it has been said
@@ -66,6 +68,13 @@ class Unreached:
             f"{list(left)} are past and left out. Give them later {unit}s."
         )
 
+    def already(self, count: int, target: Target, sparsity: float) -> None:
+        """Say that a target makes no event, as so much is removed already."""
+        rank_zero_info(
+            f"{self.clock.unit.capitalize()} {count}: nothing to prune, {describe_target(target)} "
+            f"is asked for and {100 * sparsity:.1f} % are removed already."
+        )
+
     def end(self, trainer: Trainer, state: PruningState) -> None:
         """Warn of what has made no event when a fit has ended, and was not said before.
 
@@ -77,7 +86,7 @@ class Unreached:
         start = state.next_count if state.pending is None else state.pending.count + 1
         if missed := list(planned_targets(self.schedule, range(start, passed))):
             rank_zero_warn(
-                f"The pruning targets of {unit}s {missed} were not reached: no validation has run "
+                f"The pruning targets of {unit}s {missed} were not reached: {self._why} "
                 f"in these {unit}s, nor after them, to score the weights in."
             )
         stops = [self.clock.total(trainer) if last is None else last + 1, self._told]

@@ -23,7 +23,9 @@ def told(run: Any) -> list[str]:
         warnings.simplefilter("always")
         run()
     said = [str(warning.message) for warning in caught]
-    return [line for line in said if re.search(r"not (be )?reached|left out|nothing to go back", line)]
+    return [
+        line for line in said if re.search(r"not (be )?reached|left out|nothing to go back", line)
+    ]
 
 
 class Stop(L.Callback):
