@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.selection import Selection
 
@@ -23,12 +25,16 @@ def check_types(*, selection: object, rewind: object, seed: object) -> None:
                 "a Rewind, such as Rewind('weights', epoch=1), or None",
                 rewind is None or isinstance(rewind, Rewind),
             ),
-            ("seed", seed, "a whole number", type(seed) is int),
+            ("seed", seed, "a whole number", _is_whole(seed)),
         )
         if not right
     ]
     if faults:
         raise TypeError(" ".join(faults))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_names(**arguments: list[str] | None) -> tuple[list[str] | None, ...]:

@@ -93,7 +93,7 @@ class Scorer:
             idle: No event will come, which needs none either.
             units: Of these whole output units are removed, though nobody has named them.
         """
-        if hasattr(self.loader, "__next__") and iter(self.loader) is self.loader:
+        if _is_used_up(self.loader):
             raise preflight.PruningSetupError(
                 "Expected scoring_loader to be batches that can be gone through at every event, "
                 f"but got {type(self.loader).__name__}, an iterator, which is empty after the "
@@ -271,6 +271,15 @@ def _whole(batch: Any, taken: Any) -> Any:
     elif isinstance(batch, list) and isinstance(taken, list) and len(batch) < len(taken):
         return taken
     return batch
+
+
+def _is_used_up(loader: Any) -> bool:
+    """Tell whether a loader is an iterator, empty after the first time.
+
+    Some loaders are their own iterators and begin anew (CombinedLoader); they have a length.
+    """
+    once = hasattr(loader, "__next__") and not hasattr(loader, "__len__")
+    return once and iter(loader) is loader
 
 
 def _numbered(loader: Any) -> Iterator[tuple[Any, int, int]]:

@@ -51,6 +51,16 @@ def test_batches_that_are_gone_after_one_event_are_refused(form: str, how: Any) 
     assert len(list(once)) == len(batches)
 
 
+def test_a_loader_that_begins_anew_may_be_its_own_iterator() -> None:
+    loader = CombinedLoader([loaders()[1]], "sequential")
+    assert iter(loader) is loader
+    pruner = SaliencyPruningCallback(
+        {0: 0.3, 1: 0.5}, scoring_loader=loader, forward=lambda module, batch: module(batch[0][0])
+    )
+    fit(pruner)
+    assert [record["samples"] for record in pruner.history] == [128, 128]
+
+
 def test_a_method_may_return_a_generator() -> None:
     class Owner(Digits):
         def some(self) -> Iterator[Any]:
