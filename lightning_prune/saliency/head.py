@@ -33,11 +33,10 @@ _FUNCTIONS = """
 ELEMENTWISE = frozenset(f"{name}Backward0" for name in _FUNCTIONS.split())
 """Autograd's names for functions that act on each number by itself."""
 
+_VIEWS = "View UnsafeView Transpose Permute Squeeze Unsqueeze Clone Softmax LogSoftmax"
 
-_VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in ("View", "UnsafeView", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone")
-)
+_PASSED = frozenset(_VIEWS.split())
+"""Autograd's names for functions behind which an output is still that of its layer."""
 
 
 def head_weight(capture: Capture, logits: Tensor) -> Tensor | None:
@@ -66,7 +65,7 @@ def head_weight(capture: Capture, logits: Tensor) -> Tensor | None:
 def output_parameters(
     model: nn.Module, parameters: Mapping[str, Tensor], run: Callable[[], Tensor]
 ) -> set[str]:
-    """Return the names of the parameters at whose call the model ends, views apart.
+    """Return the names of the parameters at whose call the model ends, views and a softmax apart.
 
     Args:
         model: Is left as it was.
@@ -76,7 +75,7 @@ def output_parameters(
     with prepared(model, parameters), Capture(parameters) as capture:
         output = run()
     node = output.grad_fn
-    while node is not None and node.name() in _VIEWS:
+    while node is not None and node.name().partition("Backward")[0] in _PASSED:
         if any(call.edge.node is node for call in capture.calls):
             break
         node = node.next_functions[0][0]
