@@ -6,9 +6,11 @@ in this room speaks of "the count" and does not care which of the two it is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_prune._targets import count_faults
 
@@ -55,10 +57,11 @@ class Clock:
 
     def total(self, trainer: Trainer) -> int | None:
         """Return how many epochs or rounds the fit will have, ``None`` if that is not known."""
-        if self.steps is None:
-            epochs = trainer.max_epochs
-            return None if epochs is None or epochs < 0 else epochs
-        return None if trainer.max_steps == -1 else trainer.max_steps // self.steps
+        if self.steps is not None:
+            return None if trainer.max_steps == -1 else trainer.max_steps // self.steps
+        epochs = trainer.max_epochs
+        limits = [None if epochs is None or epochs < 0 else epochs, _epochs_of_steps(trainer)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def in_force(self, event_epoch: int, trainer: Trainer) -> bool:
         """Tell, before a training step, whether the masks of a decided event are due.
@@ -67,3 +70,19 @@ class Clock:
         were measured on.
         """
         return self.steps is not None or event_epoch < trainer.current_epoch
+
+
+def _epochs_of_steps(trainer: Trainer) -> int | None:
+    """Return how many epochs ``max_steps`` allows, the last one in part; ``None`` if not known."""
+    known = trainer.fit_loop._combined_loader is not None  # before, batches are an earlier fit's
+    batches = trainer.num_training_batches if known else 0
+    changing = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) or any(
+        isinstance(callback, GradientAccumulationScheduler)
+        for callback in getattr(trainer, "callbacks", ())
+    )
+    if trainer.max_steps == -1 or batches in (0, math.inf) or changing:
+        return None
+    if not trainer.lightning_module.automatic_optimization:
+        return None
+    steps = math.ceil(batches / trainer.accumulate_grad_batches)
+    return max(1, math.ceil(trainer.max_steps / steps))

@@ -26,7 +26,7 @@ def warn(
     parameters: Mapping[str, Tensor],
     masks: Masks,
 ) -> None:
-    """Warn of targets behind the fit's end, of a fit of another length, and of zeros without masks.
+    """Warn of a fit of another length than planned, and of zeros without masks.
 
     Args:
         trainer: About to fit.
@@ -51,12 +51,8 @@ def _warn_of_length(trainer: Trainer, schedule: Schedule, clock: Clock) -> None:
         return
     made_for = schedule.epochs if isinstance(schedule, EpochSchedule) else None
     limit = f"max_epochs={total}" if clock.steps is None else f"max_steps={trainer.max_steps}"
-    if last is not None and 0 < total <= last:
-        rank_zero_warn(
-            f"The pruning schedule has targets up to {unit} {last}, but the fit ends after {unit} "
-            f"{total - 1} ({limit}): the last targets will not be reached."
-        )
-    elif made_for not in (None, total) and total > 0:
+    cut_short = last is not None and total <= last  # which others say
+    if made_for not in (None, total) and total > 0 and not cut_short:
         rank_zero_warn(
             f"The pruning schedule was made for {made_for} {unit}s, but the fit has {total} "
             f"({limit}): pruning, and what a recipe does after it, take other shares of the fit "

@@ -238,22 +238,26 @@ def refuse_empty_validation(trainer: Trainer, criterion: str) -> None:
         )
 
 
-def check_batch(accumulator: SaliencyAccumulator, module: nn.Module, batch: Any) -> None:
-    """Raise or warn of what scoring this batch would raise; leave model and random state alone.
+def unnamed_units(
+    selection: Selection, parameters: Mapping[str, Tensor], names: list[str] | None
+) -> list[str]:
+    """Return of which parameters whole output units go, though nobody has given their names."""
+    return [n for n in parameters if selection.granularity == "unit" and n not in (names or ())]
+
+
+def check_batch(accumulator: SaliencyAccumulator, module: nn.Module, batch: Any) -> list[str]:
+    """Raise what scoring this batch would raise; leave model and random state alone.
 
     NaN is none of a set-up's faults: an event that meets one says so, and names its epoch.
+
+    Returns:
+        The parameters without a gradient path from the outputs of its first samples.
     """
     with evaluating(module), isolate_rng():
         try:
-            unreached = accumulator.check(batch)
+            return accumulator.check(batch)
         except NonFiniteScoresError:
-            return
-    if unreached:
-        rank_zero_warn(
-            f"No gradient path leads from the outputs of the first samples to {unreached}. If it "
-            "is so for all samples, no event can be scored: leave them out with `exclude=[...]`, "
-            "or return the output that uses them from `forward`."
-        )
+            return []
 
 
 def check_prices(
@@ -310,14 +314,6 @@ def _first_samples(loader: Any) -> Any:
         loader.dataset, loader._auto_collation, loader.collate_fn, loader.drop_last
     )
     return fetcher.fetch(index)
-
-
-def as_names(**argument: list[str] | None) -> list[str] | None:
-    """Return an argument that lists names; a lone name is refused, its letters would be names."""
-    ((name, value),) = argument.items()
-    if isinstance(value, str):
-        raise TypeError(f"Expected `{name}` to be a list of names, but got {value!r}.")
-    return None if value is None else list(value)
 
 
 def as_masks(masks: Mapping[str, Tensor] | None) -> Masks | None:

@@ -12,22 +12,24 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_prune._targets import Target
 from lightning_prune._types import Scores
-from lightning_prune.callbacks import fit_warnings, preflight, pruning_state, reporting
+from lightning_prune.callbacks import fit_warnings, preflight, pruning_state
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.batch_sources import batch_sources
 from lightning_prune.callbacks.clock import Clock
+from lightning_prune.callbacks.event import Chooser, Chosen, tell
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
-from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState, make_record
+from lightning_prune.callbacks.pruning_state import PendingEvent, PruningState
 from lightning_prune.callbacks.refitting import Refitter
 from lightning_prune.callbacks.resumption import skipped_epoch_end, skipped_validation
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
-from lightning_prune.callbacks.scoring import ScoringResult, is_last_validation, refused_in
+from lightning_prune.callbacks.scoring import ScoringResult, callbacks_of, is_last_validation
+from lightning_prune.callbacks.unreached import Unreached
 from lightning_prune.masking import MaskKeeper, count_removed
 from lightning_prune.refit import Refit
 from lightning_prune.schedules import Schedule, planned_targets
@@ -79,7 +81,11 @@ class Pruner:
         self.scores: Scores = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.prefix = "prune"
+        self._chooser = Chooser(criterion, selection, self.refitter)
+        self._chosen: Chosen | None = None  # ahead of another pruner's rewind
         self._restored = False
+        self._unreached = Unreached(schedule, clock, own_loader=scorer.loader is not None)
+        self._left_at: int | None = None  # the step at which a fit was interrupted
 
     # ------------------------------------------------------------------ the course of a fit
 
@@ -114,7 +120,8 @@ class Pruner:
         fit_warnings.warn(trainer, self.schedule, self.clock, parameters, self.keeper.masks)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
-        self.scorer.prepare(list(parameters), criterion=self.criterion, idle=events == {})
+        units = preflight.unnamed_units(self.selection, parameters, names)
+        self.scorer.prepare(list(parameters), self.criterion, idle=events == {}, units=units)
         self.parameters = parameters
         if self.keeper.masks:
             self.keeper.update(complete_masks(dict(parameters), self.keeper.masks))
@@ -135,17 +142,17 @@ class Pruner:
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, where what was left undone is not made up, or go on with one."""
+        self._unreached.look_ahead(trainer)
         if self._restored:
             self._make_up(trainer, module)
             if skipped_epoch_end(trainer) is not None:  # and the next one's start
                 self._take_snapshot(trainer, module)
                 self.prune_if_due(trainer, module)  # before anybody's first batch
-        else:
+        elif trainer.global_step != self._left_at:
             passed = self.clock.passed(trainer)
             self.state = PruningState(history=self.state.history, next_count=passed)
-            left = list(planned_targets(self.schedule, range(passed)))
-            if left and not self.keeper.masks:
-                rank_zero_warn(reporting.late_line(self.clock.unit, passed, left))
+            self._unreached.look_back(trainer, self._whole_state)
+        self._left_at = None
 
     def _make_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide what the checkpoint does not know yet and Lightning does not come back to."""
@@ -157,7 +164,7 @@ class Pruner:
             if self.scores_in(trainer):
                 self.state.latest = self.scorer.score_validation(trainer, module)
         elif self.state.pending is None and self.due(trainer, epoch) is not None:
-            self._decide(trainer, self._score_now(trainer, module), epoch)
+            self._decide(trainer, self.scorer.score(trainer, module), epoch)
 
     def start_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Look after new optimizers, take the snapshot to go back to, prune if that is due."""
@@ -169,17 +176,20 @@ class Pruner:
         if self.rewind is not None and trainer.current_epoch == self.rewind.epoch:
             self.state.snapshot = self.rewind.snapshot(trainer, module)
 
-    def missed(self, trainer: Trainer) -> list[int]:
-        """Return the counts whose targets were due and have made no event."""
-        waiting = self.state.pending
-        start = self.state.next_count if waiting is None else waiting.count + 1
-        return list(planned_targets(self.schedule, range(start, self.clock.passed(trainer))))
+    def end(self, trainer: Trainer) -> None:
+        """Warn of targets that have made no event."""
+        self._unreached.end(trainer, self._whole_state)
+
+    def interrupt(self, trainer: Trainer) -> None:
+        """Leave nothing behind on the model; the same Trainer may go on from here."""
+        self._left_at = trainer.global_step or None
+        self.let_go()
 
     def let_go(self) -> None:
         """Leave nothing behind on the model; masks and history stay."""
         self.keeper.release()
         self.scorer.let_go()
-        self.parameters, self._restored = {}, False
+        self.parameters, self._chosen, self._restored = {}, None, False
 
     # ------------------------------------------------------------------ decisions
 
@@ -227,23 +237,15 @@ class Pruner:
         removed, total = count_removed(self.keeper.masks)  # none of none before the first event
         if isinstance(target, float) and round(target * total) < removed:
             self._done(count)
-            line = reporting.already_line(self.clock.unit, count, target, removed / total)
-            rank_zero_info(line)
+            self._unreached.already(count, target, removed / total)
             return None
         return target
 
     def _decide_now(self, trainer: Trainer, module: LightningModule) -> None:
         if self.due(trainer) is not None:
             known = self._by_validation
-            result = self.state.latest if known else self._score_now(trainer, module)
+            result = self.state.latest if known else self.scorer.score(trainer, module)
             self._decide(trainer, result)
-
-    def _score_now(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
-        if not self.criterion.needs_scores:
-            return ScoringResult({}, 0, 0.0, 0.0)
-        if self.scorer.loader is not None:
-            return self.scorer.score_loader(trainer, module)
-        return self.scorer.score_validation(trainer, module)
 
     def _decide(
         self, trainer: Trainer, result: ScoringResult | None, epoch: int | None = None
@@ -258,9 +260,12 @@ class Pruner:
 
     def prune_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         """Carry out the event that waits, if its time has come."""
-        event = self.state.pending
-        if event is not None and self.clock.in_force(event.epoch, trainer):
+        if (event := self._event_now(trainer)) is not None:
             self.prune(trainer, module, event)
+
+    def _event_now(self, trainer: Trainer) -> PendingEvent | None:
+        event = self.state.pending
+        return event if event and self.clock.in_force(event.epoch, trainer) else None
 
     def prune(
         self, trainer: Trainer, module: LightningModule, event: PendingEvent, *, last: bool = False
@@ -273,50 +278,38 @@ class Pruner:
             event: What was decided.
             last: The fit is over: nothing is gone back to.
         """
+        chosen = self._choose(trainer, module, event)
         start = time.perf_counter()
-        before = self.keeper.masks
-        raw = {n: score.to(self.parameters[n].device) for n, score in event.scores.items()}
-        with refused_in(event.epoch):
-            if self.criterion.needs_prices:
-                names = list(self.parameters)
-                one_by_one = self.criterion.one_by_one
-                raw, samples = self.refitter.prices(trainer, module, names, before, one_by_one)
-                event = replace(event, samples=samples)
-            scores = self.criterion(raw, self.parameters)
-            saliency = raw if self.criterion.needs_scores else None
-            selected = self.selection(scores, event.target, masks=before, saliency=saliency)
         for source in batch_sources(trainer):
             source.before_pruning(trainer, module)
         if self.rewind is not None and not last:
-            self._rewind_to(self.rewind, trainer, module)
-        self.refitter.refit(trainer, module, self.parameters, selected.masks)
-        self.keeper.update(selected.masks)
-        mask_averages(trainer, selected.masks)
-        self.scores = {name: score.cpu() for name, score in scores.items()}
-        self.state.pending = None
+            self._go_back(self.rewind, trainer, module)
+        masks = chosen.selected.masks
+        self.refitter.refit(trainer, module, self.parameters, masks)
+        self.keeper.update(masks)
+        mask_averages(trainer, masks)
+        self.scores = {name: score.cpu() for name, score in chosen.scores.items()}
+        self.state.pending = self._chosen = None
         self._done(event.count)
-        record = make_record(
-            event,
-            scores,
-            before=before,
-            after=selected.masks,
-            step=trainer.global_step,
-            seconds=time.perf_counter() - start,
-        )
+        record = chosen.record(trainer.global_step, time.perf_counter() - start)
         self.state.history.append(record)
-        rank_zero_info(reporting.event_line(record))
-        if selected.guarded:
-            rank_zero_warn(reporting.guarded_line(event.epoch, selected.guarded, record["density"]))
-        reporting.log_histograms(trainer, scores, before, self.prefix)
+        tell(trainer, chosen, record, self.prefix)
 
-    def _rewind_to(self, rewind: Rewind, trainer: Trainer, module: LightningModule) -> None:
-        if self.state.snapshot is None:  # rounds of steps may end before any epoch
-            rank_zero_warn(
-                f"{rewind} has nothing to go back to at the event of epoch {trainer.current_epoch}:"
-                f" the fit has not seen the start of epoch {rewind.epoch}. The weights stay."
-            )
-            return
+    def _choose(self, trainer: Trainer, module: LightningModule, event: PendingEvent) -> Chosen:
+        if self._chosen is None:
+            masks = self.keeper.masks
+            self._chosen = self._chooser(trainer, module, event, self.parameters, masks)
+        return self._chosen
+
+    def _go_back(self, rewind: Rewind, trainer: Trainer, module: LightningModule) -> None:
+        """Rewind; what other pruners rank is what was trained, what they removed stays removed."""
+        others = [other for other in _pruners(trainer) if other is not self]
+        for other in others:
+            if (event := other._event_now(trainer)) is not None:
+                other._choose(trainer, module, event)
         rewind.restore(trainer, module, self.state.snapshot)
+        for other in others:
+            other.keeper.enforce()
 
     def _done(self, count: int) -> None:
         """Note that all targets up to ``count`` are dealt with; scores are kept for later ones."""
@@ -327,14 +320,17 @@ class Pruner:
 
     # ------------------------------------------------------------------ checkpoints
 
+    @property
+    def _whole_state(self) -> PruningState:
+        return replace(self.state, masks=self.keeper.masks)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy (deepcopy, pickle) takes masks and history along, not the model's parameters.
-        return {**self.__dict__, "parameters": {}}
+        return {**self.__dict__, "parameters": {}, "_chosen": None}
 
     def pack(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        state = replace(self.state, masks=self.keeper.masks).pack()
-        return {**state, "scoring": self.scorer.pack()}
+        return {**self._whole_state.pack(), "scoring": self.scorer.pack()}
 
     def unpack(self, packed: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
@@ -344,3 +340,8 @@ class Pruner:
         self.scores = {}
         self.scorer.unpack(packed["scoring"])
         self._restored = True
+
+
+def _pruners(trainer: Trainer) -> list[Pruner]:
+    found = (getattr(callback, "_pruner", None) for callback in callbacks_of(trainer))
+    return [pruner for pruner in found if isinstance(pruner, Pruner)]

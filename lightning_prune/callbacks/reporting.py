@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune._targets import Target, Threshold, describe_target
+from lightning_prune._targets import Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.masking import sparsity
@@ -37,14 +37,6 @@ def event_line(record: PruningRecord) -> str:
     )
 
 
-def already_line(unit: str, count: int, target: Target, sparsity: float) -> str:
-    """Say why a target makes no event."""
-    return (
-        f"{unit.capitalize()} {count}: nothing to prune, {describe_target(target)} is asked for "
-        f"and {100 * sparsity:.1f} % are removed already."
-    )
-
-
 def guarded_line(epoch: int, guarded: Iterable[str], density: Mapping[str, float]) -> str:
     """Say which parameters were kept from losing all, or more than they may.
 
@@ -57,22 +49,6 @@ def guarded_line(epoch: int, guarded: Iterable[str], density: Mapping[str, float
     return (
         f"Epoch {epoch}: {', '.join(guarded)} would have lost too much; the guard against collapse "
         f"left {it} {', '.join(left)}."
-    )
-
-
-def missed_line(unit: str, missed: Iterable[int]) -> str:
-    """Say why targets that were due have made no event."""
-    return (
-        f"The pruning targets of {unit}s {list(missed)} were not reached: no validation has run in "
-        f"these {unit}s, nor after them, to score the weights in."
-    )
-
-
-def late_line(unit: str, passed: int, left: Iterable[int]) -> str:
-    """Say why targets are left out in a run that begins with a dense checkpoint."""
-    return (
-        f"The run goes on at {unit} {passed}, from a checkpoint without a state of this pruner: "
-        f"the targets of the {unit}s {list(left)} are past and left out. Give them later {unit}s."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -73,8 +74,17 @@ class Rewind:
         copied: Snapshot = _copied(kept)
         return copied
 
-    def restore(self, trainer: Trainer, module: LightningModule, snapshot: Snapshot) -> None:
-        """Put a snapshot back, in place: parameters, optimizers and schedules stay themselves."""
+    def restore(self, trainer: Trainer, module: LightningModule, snapshot: Snapshot | None) -> None:
+        """Put a snapshot back, in place: parameters, optimizers and schedules stay themselves.
+
+        Masks are not known here: who has some puts them in force again.
+        """
+        if snapshot is None:  # rounds of steps may end before any epoch
+            rank_zero_warn(
+                f"{self} has nothing to go back to at the event of epoch {trainer.current_epoch}:"
+                f" the fit has not seen the start of epoch {self.epoch}. The weights stay."
+            )
+            return
         snapshot = _copied(snapshot)  # an optimizer takes over the tensors that it loads
         if self.what == "weights":
             _load_in_place(module, snapshot["model"])

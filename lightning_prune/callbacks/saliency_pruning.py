@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune._targets import Threshold
 from lightning_prune._types import Masks, Scores
-from lightning_prune.callbacks import preflight, reporting
+from lightning_prune.callbacks import preflight, pruning_arguments, reporting
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan
 from lightning_prune.callbacks.pruner import Pruner
@@ -57,29 +57,25 @@ class SaliencyPruningCallback(Callback):
         parameters: Names, or patterns such as ``"features.*"``, of the parameters to prune; by
             default the weights of all layers with two or more axes, neither biases nor norms.
         exclude: Names or patterns of parameters to leave out of these.
-        masks: Masks to begin with, by the module's parameter names, ``True`` = kept, such as
-            :func:`~lightning_prune.prune` returns: in force from the first step on. The masks of a
-            checkpoint come before them.
-        selection: What is removed as one piece (single weights, N:M, units, channels, heads), over
-            what a share is measured, what every layer keeps, whether weights may come back; see
-            :class:`~lightning_prune.Selection`. By default single weights over all layers, and no
-            layer is emptied.
+        masks: Masks to begin with, by parameter name, ``True`` = kept, such as ``prune`` returns:
+            in force from the first step on. The masks of a checkpoint come before them.
+        selection: What is removed as one piece, over what a share is measured, what every layer
+            keeps, whether weights may come back; see :class:`~lightning_prune.Selection`. By
+            default single weights over all layers, and no layer is emptied.
         rewind: What is gone back to at every event; by default the training just goes on.
-        refit: Correct the surviving weights at every event, by the validation inputs (or those of
-            ``scoring_loader``, and generated ones), so that the network stays close to what it was
-            just before: ``"outputs"`` its predictions, by Gauss-Newton steps; ``"layers"`` each
-            layer's pre-activations, by a closed form, which is faster; ``"auto"`` (also ``True``)
-            the outputs where there are 2,000 real inputs, else the layers. What makes a held-out
-            tenth of the inputs worse is refused.
+        refit: Correct the surviving weights at every event, by the inputs that are scored, so that
+            the network stays close to what it was just before: ``"outputs"`` its predictions, by
+            Gauss-Newton steps; ``"layers"`` each layer's pre-activations, by a closed form, which
+            is faster; ``"auto"`` (also ``True``) the outputs where there are 2,000 real inputs,
+            else the layers. What makes a held-out tenth of the inputs worse is refused.
         every_n_train_steps: Let the schedule count rounds of so many optimizer steps instead of
             epochs. Round r ends with step ``(r + 1) * every_n_train_steps``; its masks are in force
             from the next training batch on, by the scores of ``scoring_loader``, else of the last
             validation.
         scoring_loader: Batches to score instead of the validation's, at the moment of an event: an
-            iterable, or the name of a method of the module or datamodule that returns one.
-        shrink_at_end: After the fit, make a module without what was pruned, see :attr:`shrunk`.
-            True proves it on samples of the fit's first batch; or give example inputs, as for
-            :func:`~lightning_prune.shrink`. Needs the extra ``removal``.
+            iterable (no iterator), or the name of a method of the module or datamodule.
+        shrink_at_end: After the fit, make a module without what was pruned, :attr:`shrunk`. True
+            proves it on samples of the first batch; or give example inputs (extra ``removal``).
         seed: For ``criterion="random"``.
 
     Raises:
@@ -118,9 +114,10 @@ class SaliencyPruningCallback(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        pruning_arguments.check_types(selection=selection, rewind=rewind, seed=seed)
         self.schedule = as_schedule(schedule)
-        self._names = preflight.as_names(parameters=parameters)
-        self._exclude = preflight.as_names(exclude=exclude)
+        names = pruning_arguments.as_names(parameters=parameters, exclude=exclude)
+        self._names, self._exclude = names
         options = ScoringOptions(target, likelihood, tolerance, forward)
         self._pruner = Pruner(
             schedule=self.schedule,
@@ -159,8 +156,8 @@ class SaliencyPruningCallback(Callback):
     def shrunk(self) -> LightningModule | None:
         """After a fit with ``shrink_at_end``: a module that does the same with fewer numbers.
 
-        For ``trainer.test``, ``trainer.predict``, further training, saving. The module that was
-        trained stays as it is, with zeros. None where nothing was made; a warning says why.
+        For testing, further training, saving. The module that was trained stays as it is, with
+        zeros. None where nothing was made; a warning says why.
         """
         return self._shrinking.module
 
@@ -216,6 +213,12 @@ class SaliencyPruningCallback(Callback):
             self._pruner.scorer.begin(trainer, pl_module)
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._pruner.scorer.before_step(batch)
+
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -225,10 +228,7 @@ class SaliencyPruningCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._pruner.scorer.step_inputs.compare(pl_module, batch)
-        if trainer.sanity_checking and self._pruner.scorer.loader is None:
-            self._pruner.scorer.look(pl_module, batch)
-        self._pruner.scorer.add(trainer, batch, batch_idx, dataloader_idx)
+        self._pruner.scorer.after_step(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,6 +268,8 @@ class SaliencyPruningCallback(Callback):
         # A run resumed between two epochs may come here without on_train_epoch_start.
         self._shrinking.see(batch)
         self._pruner.keeper.follow(trainer.optimizers)
+        if batch_idx == 0:  # somebody may have loaded weights at the start of the epoch
+            self._pruner.keeper.zero_weights()
         self._pruner.prune_if_due(trainer, pl_module)
 
     @override
@@ -285,8 +287,7 @@ class SaliencyPruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if missed := self._pruner.missed(trainer):
-            rank_zero_warn(reporting.missed_line(self._pruner.clock.unit, missed))
+        self._pruner.end(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,7 +304,7 @@ class SaliencyPruningCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._pruner.let_go()
+        self._pruner.interrupt(trainer)
         self._shrinking.let_go()
 
     @override
@@ -339,8 +340,7 @@ class SaliencyPruningCallback(Callback):
         self._pruner.unpack(state_dict)
 
     def _metrics(self) -> dict[str, float]:
-        pruner = self._pruner
-        history = pruner.state.history
+        pruner, history = self._pruner, self._pruner.state.history
         masks = {} if history else self.masks  # copies, of no use where there are records
         return reporting.metrics(history, pruner.parameters, pruner.prefix, masks)
 

@@ -6,18 +6,20 @@ Enters: Lightning's validation hooks, or a loader. Leaves: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import closing
+from copy import copy
 from itertools import islice
 from typing import Any
 
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks import preflight
+from lightning_prune.callbacks.first_look import FirstLook, peek_loader
 from lightning_prune.callbacks.reading import (
     on_device,
     read_to_validate,
@@ -35,10 +37,10 @@ from lightning_prune.callbacks.scoring import (
     ScoringResult,
     refused_in,
 )
+from lightning_prune.callbacks.shards import validation_loaders
 from lightning_prune.callbacks.step_inputs import StepInputs
-from lightning_prune.passes.batches import batch_size, default_forward, take_samples
+from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import evaluating, unlogged
-from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit import Refit
 from lightning_prune.selection import Criterion
 
@@ -47,8 +49,7 @@ CALIBRATION_SAMPLES = 4096
 
 NO_CALIBRATION = (
     "Expected batches to calibrate the refit, or second-order prices, by, but the validation "
-    "loader (or scoring_loader, where there is one) yields none. Give it data; an iterator that "
-    "can be gone through once only is used up by the first scores: give a list or a DataLoader."
+    "loader (or scoring_loader, where there is one) yields none. Give it data."
 )
 
 
@@ -65,10 +66,11 @@ class Scorer:
         self.options = options
         self.loader = loader
         self.refit: Refit | None = None  # which needs batches whatever the criterion does
-        self.checked = False
         self.step_inputs = StepInputs()
+        self._first_look = FirstLook(options)
         self._names: list[str] = []
-        self._scored = self._priced = False
+        self._scored = False
+        self._taken: Any = None
         self._pass: ScoringPass | None = None
         self._incomplete, self._step = False, 0
         self._unfinished: dict[str, Any] | None = None  # a pass under way in the checkpoint
@@ -78,7 +80,9 @@ class Scorer:
         """Whether a pass over the validation batches is under way."""
         return self._pass is not None
 
-    def prepare(self, names: list[str], *, criterion: Criterion, idle: bool) -> None:
+    def prepare(
+        self, names: list[str], criterion: Criterion, *, idle: bool, units: list[str]
+    ) -> None:
         """Start a fit.
 
         Args:
@@ -86,51 +90,66 @@ class Scorer:
             criterion: What scores are for; without a use of batches, and without a refit, there
                 is nothing to have a first look at.
             idle: No event will come, which needs none either.
+            units: Of these whole output units are removed, though nobody has named them.
         """
-        self._names = names
-        self._scored, self._priced = criterion.needs_scores, criterion.needs_prices
-        self.checked = idle or not (self._scored or self._priced or self.refit)
+        if _is_used_up(self.loader):
+            raise preflight.PruningSetupError(
+                "Expected scoring_loader to be batches that can be gone through at every event, "
+                f"but got {type(self.loader).__name__}, an iterator, which is empty after the "
+                "first time. Give a list or a DataLoader, or the name of a method that returns one."
+            )
+        self._names, self._scored = names, criterion.needs_scores
+        scored, priced, refit = self._scored, criterion.needs_prices, self.refit
+        if idle:
+            scored, priced, refit, units = False, False, None, []
+        self._first_look.start(names, scored=scored, priced=priced, refit=refit, units=units)
         # With a forward or batches of its own the scoring has nothing to do with the step's.
         own = self.options.forward is not None or self.loader is not None
-        self.step_inputs.done = self.checked or own
+        self.step_inputs.done = own or not self._first_look.needed
 
-    def look(self, module: LightningModule, batch: Any) -> None:
-        """Raise what scoring such a batch would raise, before the first training step."""
-        if self.checked:
-            return
-        forward, likelihood = self.options.forward or default_forward, self.options.likelihood
-        with unlogged(module):
-            if self._priced:
-                preflight.check_prices(module, batch, self._names, forward, likelihood)
-            elif not self._scored:
-                samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
-                with torch.no_grad(), evaluating(module), isolate_rng():
-                    logits = forward(module, samples)
-                if self.refit != "layers" and likelihood == "categorical":
-                    check_classes(logits)
-            else:
-                preflight.check_batch(self.options.accumulator(module, self._names), module, batch)
-        self.checked = True
+    def before_step(self, batch: Any) -> None:
+        """Take note of a validation batch before the user's step may take it apart."""
+        self._taken = copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
+
+    def after_step(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Look at a validation batch, and score it if a pass is under way."""
+        batch, self._taken = _whole(batch, self._taken), None
+        self.step_inputs.compare(module, batch)
+        if trainer.sanity_checking and self.loader is None:
+            self._first_look(module, batch, dataloader_idx)
+        self.add(trainer, batch, batch_idx, dataloader_idx)
 
     def look_ahead(self, trainer: Trainer, module: LightningModule, criterion: str) -> None:
         """Take the first look where no sanity check has brought a batch to look at."""
-        if self.checked:
-            return
-        if self.loader is not None:
+        look = self._first_look
+        if self.loader is not None and not look.seen(0):
             loader = resolve_loader(self.loader, trainer, module)
             # A DataLoader draws a seed, and may be the one that the training is about to iterate.
             with isolate_rng(), undisturbed(trainer, loader), validating(trainer):
                 batch = next(iter(loader), None)
                 batch = None if batch is None else on_device(trainer, batch)
-        else:
-            if self._scored:
-                preflight.refuse_empty_validation(trainer, criterion)
-            elif trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
-                raise preflight.PruningSetupError(NO_CALIBRATION)
-            with validating(trainer):
-                batch = preflight.peek_batch(trainer, trainer.val_dataloaders)
-        if batch is not None:
-            self.look(module, batch)
+            if batch is not None:
+                look(module, batch)
+        elif self.loader is None:
+            if look.needed and not look.seen(0):
+                if self._scored:
+                    preflight.refuse_empty_validation(trainer, criterion)
+                elif trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
+                    raise preflight.PruningSetupError(NO_CALIBRATION)
+            for number in range(len(validation_loaders(trainer))):
+                if not look.seen(number):
+                    with validating(trainer):
+                        batch = peek_loader(trainer, number)
+                    if batch is not None:
+                        look(module, batch, number)
+        look.warn_of_unreached()
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Start a pass over the validation that begins now, or go on with one from a checkpoint."""
@@ -162,6 +181,14 @@ class Scorer:
         self.let_go()
         return result
 
+    def score(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
+        """Score now what there is to score, nothing if the criterion needs no scores."""
+        if not self._scored:
+            return ScoringResult({}, 0, 0.0, 0.0)
+        if self.loader is not None:
+            return self.score_loader(trainer, module)
+        return self.score_validation(trainer, module)
+
     def score_validation(self, trainer: Trainer, module: LightningModule) -> ScoringResult | None:
         """Score the validation batches now, in a resumed run that does not come to validate."""
         self.begin(trainer, module)
@@ -180,7 +207,13 @@ class Scorer:
                 for batch, _, _ in batches:
                     with refused_in(trainer.current_epoch), unlogged(module):
                         scoring.add(batch)
-            return self.finish(trainer, module)
+            result = self.finish(trainer, module)
+        if result is None:
+            rank_zero_warn(
+                "scoring_loader yields no batch: the pruning event that is due in epoch "
+                f"{trainer.current_epoch} has nothing to be scored by, and waits."
+            )
+        return result
 
     def calibration_batches(self, trainer: Trainer) -> list[Any]:
         """Return what a refit is fitted to: the batches of the own loader or of the validation.
@@ -217,7 +250,7 @@ class Scorer:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass hangs on the model that is being scored; a copy starts without one.
-        return {**self.__dict__, "_pass": None, "step_inputs": StepInputs()}
+        return {**self.__dict__, "_pass": None, "_taken": None, "step_inputs": StepInputs()}
 
     def let_go(self) -> None:
         """End whatever is under way without a result."""
@@ -226,6 +259,26 @@ class Scorer:
         if self._pass is not None:
             self._pass.close()
             self._pass = None
+
+
+def _whole(batch: Any, taken: Any) -> Any:
+    """Return a batch with what a step has taken out of it, as by ``batch.pop("labels")``."""
+    if isinstance(batch, MutableMapping) and isinstance(taken, MutableMapping):
+        if any(key not in batch for key in taken):
+            taken.update(batch)
+            return taken
+    elif isinstance(batch, list) and isinstance(taken, list) and len(batch) < len(taken):
+        return taken
+    return batch
+
+
+def _is_used_up(loader: Any) -> bool:
+    """Tell whether a loader is an iterator, empty after the first time.
+
+    Some loaders are their own iterators and begin anew (CombinedLoader); they have a length.
+    """
+    once = hasattr(loader, "__next__") and not hasattr(loader, "__len__")
+    return once and iter(loader) is loader
 
 
 def _numbered(loader: Any) -> Iterator[tuple[Any, int, int]]:

@@ -23,13 +23,13 @@ from lightning_prune.callbacks.batch_sources import added_batches
 from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
+from lightning_prune.callbacks.step_outputs import StepOutputs
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.saliency import (
     Likelihood,
     SaliencyAccumulator,
     Target,
     default_forward,
-    unwrap_logits,
 )
 from lightning_prune.saliency.parameters import check_scores
 
@@ -113,24 +113,17 @@ class ScoringPass:
         self._accumulator = options.accumulator(module, names)
         self._accumulator.distributed_available_fn = _alone  # the sums are reduced in `finish`
         self._seconds = 0.0
-        self._outputs: list[Any] = []
+        self._outputs = StepOutputs(module, watch=options.forward is None)
         self._forward = options.forward
-        self._hook = None if options.forward else module.register_forward_hook(self._see)
         self._shard: Shard | None = None
         self._pool = Pool()
         self._seen: set[tuple[int, int]] = set()
         self._waiting: set[tuple[int, int]] = set()  # of these: in the pool
         self._scored_here = False
 
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Remember what the validation step has computed already."""
-        self._outputs.append(output)
-
     def close(self) -> None:
         """Take the hook off the model."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._outputs.close()
 
     def add(
         self,
@@ -149,13 +142,12 @@ class ScoringPass:
             batch_idx: Its number there. A batch that was added before is left out.
         """
         start = time.perf_counter()
-        outputs, self._outputs = self._outputs, []
+        logits = self._outputs.take()
         if batch_idx is not None:
             if (dataloader_idx, batch_idx) in self._seen:
                 return
             self._seen.add((dataloader_idx, batch_idx))
             self._waiting.add((dataloader_idx, batch_idx))
-        logits = _logits(outputs)
         if trainer is not None:
             self._shard = self._shard or Shard(validation_loaders(trainer))
             batch, logits = self._shard.cut(batch, logits, dataloader_idx)
@@ -183,7 +175,7 @@ class ScoringPass:
     def _score(self, batch: Any, logits: Tensor | None) -> None:
         self._accumulator.update(batch, logits)
         self._scored_here = True
-        self._outputs.clear()  # the scoring pass runs the model, too
+        self._outputs.forget()  # the scoring pass runs the model, too
 
     def complete(self, trainer: Trainer) -> None:
         """Score the batches of the fit's validation that have not been added.
@@ -193,7 +185,7 @@ class ScoringPass:
         """
         with isolate_rng():  # to iterate a loader draws a seed
             for batch, batch_idx, dataloader_idx in validation_batches(trainer):
-                if (dataloader_idx, batch_idx) not in self._seen and self._hook is not None:
+                if (dataloader_idx, batch_idx) not in self._seen and self._outputs.watching:
                     # As the validation step does it, so that pools and scores are the same.
                     with torch.no_grad(), trainer.precision_plugin.forward_context():
                         default_forward(self._module, batch)
@@ -283,18 +275,6 @@ def _is_distributed() -> bool:
 def _alone() -> bool:
     """Tell torchmetrics that there is nobody to gather from: its way costs a copy a process."""
     return False
-
-
-def _logits(outputs: list[Any]) -> Tensor | None:
-    """Return the logits of a step that has called the model once, in full precision.
-
-    Whether they are those of the batch is checked where they are used.
-    """
-    if len(outputs) != 1:
-        return None
-    logits = getattr(outputs[0], "logits", outputs[0])
-    full = isinstance(logits, Tensor) and logits.dtype in (torch.float32, torch.float64)
-    return unwrap_logits(outputs[0]) if full else None
 
 
 def is_fitting(trainer: Trainer) -> bool:

@@ -84,7 +84,7 @@ class MaskKeeper:
         _check_fit(self._kept, parameters)
         self._parameters = dict(parameters)
         self.follow(optimizers)
-        self._enforce()
+        self.enforce()
         return self
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
@@ -108,7 +108,7 @@ class MaskKeeper:
         if self.attached:
             _check_fit(masks, self._parameters)
         self._kept = {name: mask.detach().clone() for name, mask in masks.items()}
-        self._enforce()
+        self.enforce()
 
     def zero_weights(self) -> None:
         """Set every masked weight to +0.0."""
@@ -161,7 +161,11 @@ class MaskKeeper:
         # A copy (deepcopy, pickle) takes the masks along, not the model nor the optimizers' hooks.
         return {**MaskKeeper().__dict__, "_kept": self._kept}
 
-    def _enforce(self) -> None:
+    def enforce(self) -> None:
+        """Zero what the masks remove, its gradients and its optimizer state, as of now.
+
+        For weights that somebody else has written. Does nothing while not attached.
+        """
         self._patterns = []
         self._zeroed = []
         for name, parameter in self._parameters.items():

@@ -21,6 +21,19 @@ NORMS = (
 )
 
 
+LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+"""Layers whose weights are matrices or kernels in whatever shape, (1, k) too."""
+
+
 @dataclass(frozen=True)
 class Prunable:
     """The outcome of :func:`find_prunable`.
@@ -43,9 +56,10 @@ def find_prunable(
     """Decide which parameters are pruned.
 
     By default the weights of all layers: parameters with two or more axes (matrices, kernels,
-    embeddings), except biases and the weights of normalisation layers. Frozen parameters are
-    included, and pruning does not thaw them. A tied parameter counts once, under the first of its
-    names, and can be given by any of them.
+    embeddings), except biases and the weights of normalisation layers. A bare parameter with one
+    axis longer than 1 (a scale (1, C, 1, 1), a class token (1, 1, D)) is a vector and left out.
+    Frozen parameters are included, and pruning does not thaw them. A tied parameter counts once,
+    under the first of its names, and can be given by any of them.
 
     Args:
         model: Any module.
@@ -119,6 +133,9 @@ def _why_not(name: str, parameter: Tensor, owner: nn.Module) -> str | None:
         return "parametrised: a zero in it is no zero in the weight"
     if parameter.ndim < 2:
         return "a vector, not a matrix or a kernel"
+    # Of a layer it is a matrix or kernel all the same, with one input or output.
+    if sum(size > 1 for size in parameter.shape) < 2 and not isinstance(owner, LAYERS):
+        return f"a vector in the shape {tuple(parameter.shape)}, not a matrix or a kernel"
     return None
 
 

@@ -8,7 +8,8 @@ one escape hatch for models that a batch does not reach by itself is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -177,6 +178,46 @@ def take_samples(batch: Any, index: Tensor) -> Any:
         return part
 
     return change_parts(batch, size, take)
+
+
+@contextmanager
+def whole_or_part(run: Callable[[Any], Any], batch: Any) -> Iterator[None]:
+    """Explain an error on some samples of a batch in a block, if all of them together make none.
+
+    Args:
+        run: Runs the model on a batch.
+        batch: All samples.
+
+    Raises:
+        BatchFormatError: So it is, and more than one tensor was indexed: one of them may be no
+            entry a sample, but a constant whose length happens to be the batch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        size, shapes = batch_size(batch), []
+        change_tensors(batch, lambda leaf: shapes.append(tuple(leaf.shape)))
+        indexed = [str(shape) for shape in shapes if shape[:1] == (size,)]
+        if len(indexed) < 2 or not _runs(run, batch):
+            raise
+        raise BatchFormatError(
+            f"Expected the model to run on some samples of a batch as on all {size} of them, but "
+            f"it raised {type(error).__name__}: {error}. Samples were taken of all tensors of "
+            f"length {size}, of the shapes {', '.join(indexed)}. If one of them is a constant that "
+            "only happens to have this length, keep it on the model (a buffer), or yield it with "
+            "an axis in front, (1, ...), and take that away in `forward=`."
+        ) from error
+
+
+def _runs(run: Callable[[Any], Any], batch: Any) -> bool:
+    try:
+        with torch.no_grad():
+            run(batch)
+    except Exception:  # noqa: BLE001  (it is the first error that counts)
+        return False
+    return True
 
 
 def outside_inference_mode(batch: Any) -> Any:

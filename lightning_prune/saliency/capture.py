@@ -56,10 +56,23 @@ def backpropagate(
     """Return the gradients at tensors or edges for one direction, None where there is no path.
 
     ``keep`` leaves the graph in place for another direction.
+
+    Raises:
+        SaliencyError: The model uses activation checkpoints of a kind that cannot be asked for
+            gradients.
     """
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        outputs, inputs, direction, retain_graph=keep, allow_unused=True
-    )
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outputs, inputs, direction, retain_graph=keep, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise SaliencyError(
+            "Expected a model whose activations autograd can be asked for, but it calls "
+            "torch.utils.checkpoint with use_reentrant=True, also in eval mode. Call it with "
+            "use_reentrant=False, or only `if self.training`."
+        ) from error
     return found
 
 

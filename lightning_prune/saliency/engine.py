@@ -9,8 +9,7 @@ Which of these shortcuts is taken is chosen by cost; the number computed is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward
-from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
+from lightning_prune.exceptions import SaliencyError
 from lightning_prune.passes.batches import (
     batch_size,
     default_forward,
@@ -28,10 +27,11 @@ from lightning_prune.passes.batches import (
     unwrap_logits,
 )
 from lightning_prune.saliency.capture import Capture, backpropagate
+from lightning_prune.saliency.given_logits import GivenLogits, usable
 from lightning_prune.saliency.grouping import group_rows, whole_batch
 from lightning_prune.saliency.head import head_weight, row_squares, squares_below
 from lightning_prune.saliency.parameters import named_tensors
-from lightning_prune.saliency.preparation import first_non_finite_layer, prepared
+from lightning_prune.saliency.preparation import explained, prepared
 from lightning_prune.saliency.proof import Plans
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rows import Rows
@@ -41,7 +41,6 @@ from lightning_prune.saliency.signs import RandomSigns, random_rows
 from lightning_prune.saliency.target import (
     Likelihood,
     Target,
-    alike,
     check_finite,
     check_labels,
     check_target,
@@ -125,7 +124,7 @@ class Engine:
 
     def check(self, batch: Any) -> list[str]:
         """Raise what scoring this batch would raise, by two samples; return what is not reached."""
-        with prepared(self.model, self.parameters), self._explained(batch):
+        with prepared(self.model, self.parameters), explained(self.model, self._run, batch):
             batch = outside_inference_mode(batch)
             self._plans.make(batch)
             first = take_samples(batch, torch.tensor([0]))
@@ -145,7 +144,7 @@ class Engine:
         """
         if not batch_size(batch):
             return BatchReport(0, 0.0, 0.0)
-        with prepared(self.model, self.parameters), self._explained(batch):
+        with prepared(self.model, self.parameters), explained(self.model, self._run, batch):
             batch = outside_inference_mode(batch)
             self._plans.prepare(batch)
             if self._plans.latest.head and self._sums_over_classes:
@@ -154,8 +153,9 @@ class Engine:
                     return BatchReport(batch_size(batch), energy, 0.0)
             if not self._selects():
                 return BatchReport(batch_size(batch), *self._add_all_rows(batch, totals))
-            rows = self._add_chosen_rows(batch, totals, None if logits is None else logits.clone())
-            return BatchReport(batch_size(batch), rows.total, rows.dropped)
+            given = usable(logits, batch_size(batch))
+            given = None if given is None else given.clone()
+            return BatchReport(batch_size(batch), *self._add_chosen_rows(batch, totals, given))
 
     def add_estimate(
         self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]
@@ -171,7 +171,7 @@ class Engine:
         if not batch_size(batch):
             return BatchReport(0, 0.0, 0.0)
         draws = self.signs.draws
-        with prepared(self.model, self.parameters), self._explained(batch):
+        with prepared(self.model, self.parameters), explained(self.model, self._run, batch):
             batch = outside_inference_mode(batch)
             self._plans.prepare(batch)
             means = {name: torch.zeros_like(total) for name, total in totals.items()}
@@ -213,25 +213,6 @@ class Engine:
                 f"but got {tuple(logits.shape)}."
             )
         return logits
-
-    @contextmanager
-    def _explained(self, batch: Any) -> Iterator[None]:
-        """Say which sample and layer non-finite logits come from.
-
-        They were found on some part of the batch.
-        """
-        try:
-            yield
-        except NonFiniteScoresError:
-            batch = outside_inference_mode(batch)
-            with torch.no_grad(), first_non_finite_layer(self.model) as layers:
-                logits = self._run(batch)
-            try:
-                check_finite(logits)
-            except NonFiniteScoresError as error:
-                where = f" The first layer with such an output is '{layers[0]}'." if layers else ""
-                raise NonFiniteScoresError(f"{error}{where}") from None
-            raise
 
     def _rows(self, logits: Tensor, batch: Any, rotate: bool = True) -> Rows:
         round_off = ROUND_OFF * torch.finfo(in_score_precision(logits).dtype).eps
@@ -303,26 +284,33 @@ class Engine:
         return float(squares.sum(dtype=torch.float64))
 
     def _add_chosen_rows(
-        self, batch: Any, totals: Mapping[str, Tensor], given: Tensor | None
-    ) -> Rows:
-        if given is None:
+        self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None
+    ) -> tuple[float, float]:
+        """Add the rows that carry the score; return the batch's energy and what was dropped."""
+        given = None if logits is None else GivenLogits(logits)
+        if logits is None:
             with torch.no_grad():
                 logits = self._run(batch)
-        else:
-            logits = given.detach()
-        rows = self._rows(logits, batch)
+        rows = self._rows(logits.detach(), batch)
         plan = self._plans.latest
-        groups = group_rows(rows, self.workspace, plan.launch, plan.width)
-        for i, group in enumerate(groups):
+        for group in group_rows(rows, self.workspace, plan.launch, plan.width):
             part = take_samples(batch, group.samples)
             with Capture(self.parameters) as capture:
                 found = self._run(part)
             capture.close()
-            if i == 0 and given is not None and not alike(found, logits[group.samples]):
-                # What was given is not this batch's output; nothing has been added by it yet.
-                return self._add_chosen_rows(batch, totals, None)
-            self._backward(part, capture, found, group.gradients(found), totals)
-        return rows
+            gradients = group.gradients(found)
+            if given is not None:
+                right = given.confirm(group.samples, found)
+                if not bool(given.confirmed.any()):
+                    break  # an output of something else
+                gradients[:, ~right] = 0.0
+            self._backward(part, capture, found, gradients, totals)
+        if given is None or not given.doubted:
+            return rows.total, rows.dropped
+        # What was given is not this batch's output: all that was not seen to be right comes anew.
+        kept = float(rows.energy[given.confirmed[rows.sample]].sum()) + rows.dropped
+        more = self._add_chosen_rows(take_samples(batch, given.rest), totals, None)
+        return kept + more[0], rows.dropped + more[1]
 
     def _backward(
         self,

@@ -12,12 +12,15 @@ the rows: squares of gradients are all that such a layer's score needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from lightning_prune.saliency.capture import Capture
+from lightning_prune.saliency.preparation import prepared
 from lightning_prune.saliency.registry import lookup
 from lightning_prune.saliency.softmax import Softmax
 from lightning_prune.saliency.target import Target
@@ -29,6 +32,11 @@ _FUNCTIONS = """
 
 ELEMENTWISE = frozenset(f"{name}Backward0" for name in _FUNCTIONS.split())
 """Autograd's names for functions that act on each number by itself."""
+
+_VIEWS = "View UnsafeView Transpose Permute Squeeze Unsqueeze Clone Softmax LogSoftmax"
+
+_PASSED = frozenset(_VIEWS.split())
+"""Autograd's names for functions behind which an output is still that of its layer."""
 
 
 def head_weight(capture: Capture, logits: Tensor) -> Tensor | None:
@@ -52,6 +60,27 @@ def head_weight(capture: Capture, logits: Tensor) -> Tensor | None:
             return None
     weight: Tensor = head.arguments["weight"]
     return weight
+
+
+def output_parameters(
+    model: nn.Module, parameters: Mapping[str, Tensor], run: Callable[[], Tensor]
+) -> set[str]:
+    """Return the names of the parameters at whose call the model ends, views and a softmax apart.
+
+    Args:
+        model: Is left as it was.
+        parameters: Full name -> parameter, of those that are asked about.
+        run: Runs the model; returns its output.
+    """
+    with prepared(model, parameters), Capture(parameters) as capture:
+        output = run()
+    node = output.grad_fn
+    while node is not None and node.name().partition("Backward")[0] in _PASSED:
+        if any(call.edge.node is node for call in capture.calls):
+            break
+        node = node.next_functions[0][0]
+    calls = [call for call in capture.calls if call.edge.node is node]
+    return {name for call in calls for name in call.names.values()}
 
 
 def _elementwise(node: Node | None, end: Node) -> bool:

@@ -6,15 +6,17 @@ of a ``with`` block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.exceptions import SaliencyError
+from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
+from lightning_prune.passes.batches import outside_inference_mode
 from lightning_prune.passes.isolation import eager, unlogged
+from lightning_prune.saliency.target import check_finite
 
 
 @contextmanager
@@ -75,6 +77,26 @@ def first_non_finite_layer(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def explained(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> Iterator[None]:
+    """Say which sample and layer non-finite logits come from, when a block raises for them.
+
+    They were found on some part of the batch.
+    """
+    try:
+        yield
+    except NonFiniteScoresError:
+        batch = outside_inference_mode(batch)
+        with torch.no_grad(), first_non_finite_layer(model) as layers:
+            logits = run(batch)
+        try:
+            check_finite(logits)
+        except NonFiniteScoresError as error:
+            where = f" The first layer with such an output is '{layers[0]}'." if layers else ""
+            raise NonFiniteScoresError(f"{error}{where}") from None
+        raise
 
 
 def _check_batch_norm(modules: Mapping[str, nn.Module]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.passes.batches import batch_size, take_samples
+from lightning_prune.passes.batches import batch_size, take_samples, whole_or_part
 from lightning_prune.saliency.capture import Call, Capture, backpropagate
 from lightning_prune.saliency.head import head_weight
 from lightning_prune.saliency.plan import PROBE_SAMPLES, TRIES, Plan, Signature, signature
@@ -99,7 +99,7 @@ def make_plan(
     """
     size = batch_size(batch)
     pair = take_samples(batch, torch.tensor([0, size - 1]))
-    with Capture(parameters) as capture:
+    with whole_or_part(run, batch), Capture(parameters) as capture:
         logits = run(pair)
     capture.close()
     if not logits.requires_grad:

@@ -123,13 +123,6 @@ def check_finite(logits: Tensor) -> None:
     )
 
 
-def alike(found: Tensor, given: Tensor) -> bool:
-    """Tell whether two computations of the same logits agree as far as their precision goes."""
-    loose = 1e-6 if given.dtype == torch.float64 else 1e-3
-    scale = float(found.detach().abs().amax()) + 1e-6
-    return found.shape == given.shape and bool((found - given).abs().amax() <= loose * scale)
-
-
 def check_target(target: str, likelihood: str) -> None:
     """Raise ValueError if there is no such target or likelihood, or if they do not go together."""
     if target not in get_args(Target):

@@ -50,7 +50,13 @@ class Criterion:
         """
         weights = {name: parameter.detach() for name, parameter in parameters.items()}
         with torch.no_grad():
-            return check_criterion_result(self.function(scores, weights), weights)
+            found = check_criterion_result(self.function(scores, weights), weights)
+        # A callable may give back the weights themselves, which will change under the scores.
+        held = {weight.untyped_storage().data_ptr() for weight in weights.values()}
+        return {
+            name: score.clone() if score.untyped_storage().data_ptr() in held else score
+            for name, score in found.items()
+        }
 
 
 def saliency(scores: Scores, parameters: Mapping[str, Tensor]) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import lightning as L
@@ -324,12 +325,21 @@ def test_a_validation_without_samples_is_refused_before_the_first_step() -> None
 
 
 def test_a_loader_that_is_used_up_is_said_to_be() -> None:
+    class Once(list):
+        def __iter__(self):
+            found = [self.pop() for _ in range(len(self))]
+            return iter(found)
+
     x, y = digits()
-    pruner = SaliencyPruningCallback(
-        {1: 0.5}, refit="layers", scoring_loader=iter([(x[:64], y[:64])] * 2)
-    )
-    with pytest.raises(PruningSetupError, match="gone through once only"):
+    batches = Once([(x[:64], y[:64])] * 2)
+    pruner = SaliencyPruningCallback({1: 0.5}, refit="layers", scoring_loader=batches)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         fit(pruner)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "scoring_loader yields no batch: the pruning event that is due in epoch 1" in said
+    assert "epochs [1] were not reached: scoring_loader had no batch in these epochs" in said
+    assert pruner.sparsity == 0.0
 
 
 def test_an_event_that_removes_nothing_more_refits_nothing(monkeypatch) -> None:

@@ -159,3 +159,62 @@ def test_what_others_have_written_into_the_groups_since_stays() -> None:
         fit(pruner, averaging, model=model, max_epochs=6)
     assert pruner.history[0]["epoch"] == 3
     assert sparsity(pruner.masks) == pytest.approx(0.5)
+
+
+ONE, OTHER = "net.0.weight", "net.3.weight"
+
+
+class Leaks(L.Callback):
+    """Write down what each pruner has removed and a batch finds there all the same."""
+
+    def __init__(self, *pruners: Any) -> None:
+        self.pruners = pruners
+        self.found: list[tuple[int, str]] = []
+        self.momenta: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for pruner in self.pruners:
+            for name, mask in pruner.masks.items():
+                weight = pl_module.get_parameter(name)
+                if weight.detach()[~mask].any():
+                    self.found.append((trainer.current_epoch, name))
+                for state in trainer.optimizers[0].state[weight].values():
+                    if state is not None:
+                        self.momenta.append(float(state[~mask].abs().max()))
+
+
+def test_what_another_pruner_has_removed_stays_removed_after_a_rewind() -> None:
+    other = SaliencyPruningCallback({1: 0.5}, parameters=[OTHER])
+    back = SaliencyPruningCallback({3: 0.5}, parameters=[ONE], rewind=Rewind("weights", epoch=1))
+    leaks, diary = Leaks(other, back), Diary()
+    fit(other, back, diary, leaks, max_epochs=5)
+    assert [len(pruner.history) for pruner in (other, back)] == [1, 1]
+    kept = other.masks[OTHER]
+    assert torch.equal(diary.weights[4][OTHER], diary.weights[1][OTHER] * kept)
+    assert leaks.found == []
+    assert leaks.momenta
+    assert max(leaks.momenta) == 0.0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_all_pruners_rank_what_was_trained_before_one_goes_back(both, turned) -> None:
+    rewind = Rewind("weights", epoch=0)
+    back = SaliencyPruningCallback({2: 0.5}, parameters=[ONE], rewind=rewind)
+    other = SaliencyPruningCallback(
+        {2: 0.5}, parameters=[OTHER], criterion="magnitude", rewind=rewind if both else None
+    )
+    pruners = [other, back] if turned else [back, other]
+    leaks, diary = Leaks(*pruners), Diary()
+    trained: dict[str, torch.Tensor] = {}
+
+    class Note(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                trained.update(weights(pl_module))
+
+    fit(*pruners, diary, leaks, Note(), max_epochs=4)
+    assert torch.equal(other.scores[OTHER], trained[OTHER].abs())
+    for name, mask in {**back.masks, **other.masks}.items():
+        assert torch.equal(diary.weights[3][name], diary.weights[0][name] * mask)
+    assert leaks.found == []

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
+from lightning_prune import SaliencyPruningCallback
 from lightning_prune.callbacks.scoring import ScoringOptions, ScoringPass
 from lightning_prune.callbacks.shards import unrepeated
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
 from tests import reference
+from tests.callbacks.pruning_cases import Digits, fit
 
 
 class Counting(nn.Sequential):
@@ -39,11 +41,23 @@ def autocast(model: Counting, x: Tensor) -> Tensor:
         return model(x)
 
 
+def changed(model: Counting, x: Tensor) -> Tensor:
+    # As a step does that masks classes: most samples would look sure, and carry nothing.
+    return model(x)[:].masked_fill_(torch.arange(10) > 0, -1e4)
+
+
+def unread(model: Counting, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return changed(model, x)
+
+
 STEPS: dict[str, tuple[Callable[[Counting, Tensor], Any], bool]] = {
     "calls the model once": (lambda model, x: model(x), True),
     "calls it twice": (lambda model, x: (model(x), model(x.flip(-1))), False),
     "calls a part of it": (lambda model, x: nn.Sequential(*model)(x), False),
     "in half precision": (autocast, False),
+    "changes the logits in place": (changed, False),
+    "changes them in inference mode": (unread, False),
 }
 
 
@@ -217,3 +231,32 @@ def test_a_pass_that_was_complete_in_the_checkpoint_needs_no_batch() -> None:
     second.load_state(first.state())
     scores = second.finish(fit_of()).scores["0.weight"]
     assert torch.equal(scores, first.finish(fit_of()).scores["0.weight"])
+
+
+class MaskedClasses(Digits):
+    """Its validation allows some samples some classes only, by writing into the logits."""
+
+    def __init__(self, fill: float, in_place: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU())
+        self.net.append(nn.Linear(512, 10))  # costly enough for rows to be chosen from logits
+        self.fill, self.in_place = fill, in_place
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        logits = self(batch[0])
+        forbidden = (batch[1] > 4)[:, None] & (torch.arange(10) > 2)
+        how = logits.masked_fill_ if self.in_place else logits.masked_fill
+        self.log("best", how(forbidden, self.fill).argmax(-1).float().mean())
+
+
+@pytest.mark.parametrize("fill", [-1e4, float("-inf")])
+def test_a_step_that_writes_into_its_logits_changes_no_score(fill: float) -> None:
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        pruner = SaliencyPruningCallback({0: 0.5}, tolerance=0.0)
+        fit(pruner, model=MaskedClasses(fill, in_place), max_epochs=1)
+        found.append(pruner)
+    expected, scores = (pruner.scores for pruner in found)
+    assert reference.largest_error(scores, expected) < 1e-4
+    assert max(int((found[0].masks[k] != found[1].masks[k]).sum()) for k in scores) < 100

@@ -180,3 +180,29 @@ def test_a_tied_weight_can_be_given_by_any_of_its_names(name: str) -> None:
     prunable = find_prunable(model, exclude=[name])
     assert list(prunable.parameters) == ["body.weight"]
     assert prunable.left_out["embedding.weight"] == f"excluded by {name!r}"
+
+
+def test_vectors_in_the_shape_of_a_kernel_are_vectors() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(1, 4, 1, 1))
+            self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+            self.temperature = nn.Parameter(torch.ones(1, 1))
+            self.positions = nn.Parameter(torch.randn(1, 16, 8))
+            self.into, self.out = nn.Linear(1, 5), nn.Linear(5, 1)
+            self.depthwise, self.point = nn.Conv1d(4, 4, 1, groups=4), nn.Conv2d(1, 1, (3, 1))
+            self.cell, self.lstm = nn.GRUCell(1, 1), nn.LSTM(1, 4)
+            self.table = nn.Embedding(6, 1)
+
+    model = Scaled()
+    prunable = find_prunable(model)
+    assert set(prunable.parameters) == {
+        "positions",
+        *(f"{name}.weight" for name in ("into", "out", "depthwise", "point", "table")),
+        *(f"cell.weight_{part}" for part in ("ih", "hh")),
+        *(f"lstm.weight_{part}_l0" for part in ("ih", "hh")),
+    }
+    assert "vector in the shape (1, 4, 1, 1)" in prunable.left_out["gamma"]
+    assert {"class_token", "temperature"} < set(prunable.left_out)
+    assert list(find_prunable(model, ["gamma"]).parameters) == ["gamma"]

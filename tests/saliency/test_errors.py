@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.exceptions import BatchFormatError, NonFiniteScoresError, SaliencyError
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
@@ -147,3 +148,32 @@ def test_logits_without_a_sample_axis(model: nn.Module) -> None:
         squared_gradients(
             model, [torch.randn(4, 4)], forward=lambda m, x: m(x).mean(0, keepdim=True)
         )
+
+
+def test_a_constant_as_long_as_the_batch_is_named(model: nn.Module) -> None:
+    def forward(module: nn.Module, batch: Any) -> Tensor:
+        return module(batch["x"] * batch["scale"])
+
+    batch = {"x": torch.randn(4, 4), "scale": torch.ones(4)}
+    message = r"as on all 4 of them.*shapes \(4, 4\), \(4,\).*a buffer"
+    with pytest.raises(BatchFormatError, match=message):
+        squared_gradients(model, [batch], forward=forward)
+    # ... and only where it is the reason.
+    found = squared_gradients(model, [{**batch, "x": torch.randn(5, 4)}], forward=forward)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    with pytest.raises(KeyError, match="another"):
+        squared_gradients(model, [batch], forward=lambda m, b: m(b["another"]))
+
+
+def test_reentrant_checkpoints_are_refused_with_the_way_out() -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(self[1], self[0](x), use_reentrant=self.reentrant)
+            return self[2](hidden)
+
+    model = Checkpointed(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+    model.reentrant = True
+    with pytest.raises(SaliencyError, match="use_reentrant=False"):
+        squared_gradients(model, [torch.randn(3, 4)])
+    model.reentrant = False
+    assert squared_gradients(model, [torch.randn(3, 4)])["1.weight"].any()

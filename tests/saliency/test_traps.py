@@ -333,3 +333,24 @@ def test_the_metric_does_not_own_the_model() -> None:
     accumulator.reset()
     assert accumulator.samples == 0
     assert not accumulator.sums["0.weight"].any()
+
+
+@pytest.mark.parametrize("wrong", [[0], [7], [3, 11], list(range(12)), "infinite", "too many"])
+def test_given_logits_that_are_not_the_batchs_change_no_score(wrong: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU())
+    model.append(nn.Linear(400, 8)).double()
+    with torch.no_grad():
+        model[4].weight.mul_(12.0)  # of all kinds: sure samples need no row, others several
+    x = torch.randn(12, 64).double()
+    expected = squared_gradients(model, [x])
+    given = model(x).detach()
+    if wrong == "infinite":
+        given[5, 2] = -float("inf")
+    elif wrong == "too many":
+        given = torch.cat([given, given])
+    else:
+        given[wrong] = given[wrong].masked_fill(torch.arange(8) > 3, -50.0)
+    accumulator = SaliencyAccumulator(model)
+    accumulator.update(x, given)
+    assert reference.largest_error(accumulator.compute(), expected) < 1e-6

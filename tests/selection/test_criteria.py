@@ -95,3 +95,14 @@ def test_criteria_survive_a_pickle(name) -> None:
     # They travel to the processes of a distributed run.
     criterion = pickle.loads(pickle.dumps(resolve_criterion(name)))
     assert criterion(SCORES, WEIGHTS).keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight[:].view_as(weight)])
+def test_scores_that_are_the_weights_do_not_change_with_them(view) -> None:
+    weights = {name: weight.clone() for name, weight in WEIGHTS.items()}
+    given = lambda scores, parameters: {n: view(w) for n, w in parameters.items()}  # noqa: E731
+    found = resolve_criterion(given)(SCORES, weights)
+    for weight in weights.values():
+        weight.zero_()
+    for name, score in found.items():
+        assert torch.equal(score, WEIGHTS[name].detach())
