@@ -38,6 +38,7 @@ from tests.callbacks.pruning_cases import (
     removed,
     same,
     trainer,
+    warnings_of,
     weights,
     zeros,
 )
@@ -280,7 +281,7 @@ def test_the_same_model_and_callback_in_one_fit_after_another() -> None:
     assert not torch.equal(weights(model)[WEIGHTS[0]], trained[WEIGHTS[0]])  # it went on learning
     # The model may be given to another pruner, which finds the zeros there as scores of nothing.
     other = SaliencyPruningCallback({0: 0.8})
-    with pytest.warns(UserWarning, match=r"50\.0 % of the weights .* no mask holds them"):
+    with warnings_of(r"50\.0 % of the weights .* no mask holds them"):
         trainer(other, max_epochs=2).fit(model, *loaders())
     assert zeros(model) == round(0.8 * TOTAL)
     assert all(not (other.masks[name] & ~masks[name]).any() for name in masks)
