@@ -101,10 +101,13 @@ class DenseWeights:
     def _holds_masks(self, pruners: Collection[SaliencyPruningCallback]) -> bool:
         """Whether the masks are in the weights yet: a pruner further down the list puts them in."""
         model = None if self._student is None else self._student()
-        return model is None or not any(
-            model.get_parameter(name)[~mask.to(model.get_parameter(name).device)].any()
+        weights = {} if model is None else dict(model.named_parameters())
+        return not any(
+            weights[name][~mask.to(weights[name].device)].any()
             for pruner in pruners
             for name, mask in pruner.masks.items()
+            # Masks that are not this model's are the pruner's to refuse, wherever it stands.
+            if name in weights and weights[name].shape == mask.shape
         )
 
     def keep(self, target: nn.Module) -> None:
@@ -164,15 +167,17 @@ def source_fault(source: Any) -> str | None:
 
 def _given(weights: Mapping[str, Tensor], target: nn.Module, module: str | None) -> Teacher:
     """Return given weights as a teacher, by the target's own names or by the whole model's."""
-    try:
-        return Teacher.given(target, weights)
-    except ValueError as error:
-        prefix = f"{module}."
-        inner = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-        if module is not None and inner:
-            return _given(inner, target, None)
-        raise PruningSetupError(
-            f"DistillationCallback: expected `teacher` to be a state dict of {called(module)}, "
-            f"but {error}. Take it from the same model: `copy.deepcopy(model.state_dict())`, or "
-            "`torch.load(path)['state_dict']` of a Lightning checkpoint."
-        ) from None
+    prefix = f"{module}."
+    inner = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    fault = ""
+    for named in (weights, inner):
+        if named:
+            try:
+                return Teacher.given(target, named)
+            except ValueError as error:
+                fault = str(error)
+    raise PruningSetupError(
+        f"DistillationCallback: expected `teacher` to be a state dict of {called(module)}, "
+        f"but {fault}. Take it from the same model: `copy.deepcopy(model.state_dict())`, or "
+        "`torch.load(path)['state_dict']` of a Lightning checkpoint."
+    )

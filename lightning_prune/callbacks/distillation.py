@@ -71,7 +71,7 @@ class DistillationCallback(Callback):
             fit; for a network that is pruned before the fit, as :func:`~lightning_prune.prune` does
             it: ``copy.deepcopy(model.state_dict())`` from before. The latter two are learnt from in
             the first epoch already. In a resumed run the dense weights are the checkpoint's; a
-            state dict given again comes before them, as every argument does.
+            state dict given again comes before them.
 
     Raises:
         ValueError: Arguments out of range; one message names them all.

@@ -86,10 +86,12 @@ class FirstLook:
                 known = self._unreached
                 self._unreached = unreached if known is None else known & unreached
             if self._units:
-                self._warn_of_classes(module, _first(batch))
+                self._warn_of_classes(module, batch)
+            if not self.needed:
+                return  # nothing reads a batch of this fit, of whatever form it is
             labels = read_labels(batch)
             tells = labels is not None and labels.ndim > 1 and likelihood == "categorical"
-            if tells or not (self._scored or self._priced or not self.needed):
+            if tells or not (self._scored or self._priced):
                 with torch.no_grad(), evaluating(module), isolate_rng():
                     logits = forward(module, samples := _first(batch))
                 if likelihood == "categorical" and self._refit != "layers":
@@ -97,11 +99,12 @@ class FirstLook:
                 if tells:
                     warn_of_class_axis(logits, read_labels(samples))
 
-    def _warn_of_classes(self, module: LightningModule, samples: Any) -> None:
+    def _warn_of_classes(self, module: LightningModule, batch: Any) -> None:
         forward = self._options.forward or default_forward
         parameters = {n: p for n, p in module.named_parameters() if n in self._units}
         self._units = []  # once is enough
         try:
+            samples = _first(batch)
             with evaluating(module), isolate_rng():
                 found = output_parameters(module, parameters, lambda: forward(module, samples))
         except Exception:  # noqa: BLE001  (where batches are needed, others say what is wrong)

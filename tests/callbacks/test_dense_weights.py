@@ -154,6 +154,26 @@ def test_another_networks_state_dict_is_refused(change: Any, message: str) -> No
         fit(learning(weights), model=model)
 
 
+def test_what_does_not_fit_within_a_submodule_is_said_of_that() -> None:
+    model = make_model()
+    weights = copied(model)
+    weights["net.3.bias"] = torch.ones(3)
+    message = r"(?s)state dict of 'net', but '3.bias' is \(3,\) instead"
+    with pytest.raises(PruningSetupError, match=message):
+        fit(learning(weights, module="net"), model=model)
+
+
+@pytest.mark.parametrize(
+    "masks", [{"nope": torch.ones(2).bool()}, {"net.0.weight": torch.ones(2).bool()}]
+)
+def test_masks_of_another_model_are_refused_in_whatever_order(masks: Any) -> None:
+    pruner = SaliencyPruningCallback({1: 0.5}, masks=masks)
+    for order in (1, -1):
+        callbacks = [DistillationCallback(teacher="fit_start"), pruner][::order]
+        with pytest.raises(PruningSetupError, match="masks of another model"):
+            trainer(*callbacks, max_epochs=2).fit(make_model(), *loaders())
+
+
 def test_the_models_own_tensors_are_refused() -> None:
     model = make_model()
     with pytest.raises(PruningSetupError, match="is the model's own tensor"):

@@ -208,6 +208,37 @@ def test_a_batch_that_magnitude_has_no_use_for_is_no_error() -> None:
     assert pruner.sparsity > 0.2
 
 
+@pytest.mark.parametrize("sanity", SANITY)
+def test_batches_of_any_form_do_where_nothing_reads_them(sanity: Any) -> None:
+    """Objects without a tensor, and labels of several axes beside a forward of two arguments."""
+
+    class Graph:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    class Pairs(Digits):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(x) * scale
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self(x, torch.ones(())), y)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x = batch.x if isinstance(batch, Graph) else batch[0]
+            self(x, torch.ones(()))
+
+    x, _ = digits()
+    dense = torch.zeros(8, 4, 4).long()
+    for form in (lambda rows: Graph(torch.stack(rows)), lambda rows: (torch.stack(rows), dense)):
+        val = DataLoader(list(x[-32:]), batch_size=8, collate_fn=form)
+        pruner = SaliencyPruningCallback(
+            {0: 0.3}, criterion="magnitude", selection=Selection("unit"), exclude=["net.3.*"]
+        )
+        trainer(pruner, max_epochs=1, **sanity).fit(Pairs(), loaders()[0], val)
+        assert pruner.sparsity > 0.2
+
+
 # Steps that take their batch apart
 
 
