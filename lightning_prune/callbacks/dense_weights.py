@@ -102,12 +102,13 @@ class DenseWeights:
         """Whether the masks are in the weights yet: a pruner further down the list puts them in."""
         model = None if self._student is None else self._student()
         weights = {} if model is None else dict(model.named_parameters())
-        return not any(
-            weights[name][~mask.to(weights[name].device)].any()
+        # Masks that are not this model's are the pruner's to refuse, wherever it stands.
+        return all(
+            name in weights
+            and weights[name].shape == mask.shape
+            and not weights[name][~mask.to(weights[name].device)].any()
             for pruner in pruners
             for name, mask in pruner.masks.items()
-            # Masks that are not this model's are the pruner's to refuse, wherever it stands.
-            if name in weights and weights[name].shape == mask.shape
         )
 
     def keep(self, target: nn.Module) -> None:
