@@ -59,7 +59,8 @@ def draw(tables: dict[str, Table], network: str, file: Path) -> None:
     )
     for axes, family in zip(panels[0], families, strict=True):
         _panel(axes, tables[family], family)
-        axes.set_title(f"{network}: {TITLES[family].lower()}")
+        run = ", first run" if tables[family].of_first_run else ""
+        axes.set_title(f"{network}: {TITLES[family].lower()}{run}")
     panels[0][0].set_ylabel("accuracy on the test digits, %")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
@@ -68,7 +69,11 @@ def draw(tables: dict[str, Table], network: str, file: Path) -> None:
 
 def _panel(axes: Axes, table: Table, family: str) -> None:
     dense = estimate(table.dense_values().values()).mean
-    axes.axhline(dense, color=QUIET, lw=0.8, label="dense")
+    lines = {"dense": (dense, "-")}
+    if table.trained_on:
+        lines["dense, trained on"] = (estimate(table.trained_on.values()).mean, "--")
+    for label, (height, style) in lines.items():
+        axes.axhline(height, color=QUIET, lw=0.8, ls=style, label=label)
     shown = [arm for arm in SHOWN[family] if arm in table.accuracies]
     for arm in shown:
         label, color, style = SHOWN[family][arm]
@@ -92,7 +97,8 @@ def _panel(axes: Axes, table: Table, family: str) -> None:
     # Where the good ones differ; the lost ones leave the picture and are in the table.
     best = max(e for arm in shown for e in map(_top, table.accuracies[arm].values()))
     bottom = max(0.0, dense - (45 if family == "no-retraining" else 20))
-    axes.set_ylim(bottom, min(100.0, max(dense, best)) + 0.5)
+    top = max(best, *(height for height, _ in lines.values()))
+    axes.set_ylim(bottom, min(100.0, top) + 0.5)
     axes.legend(loc="lower left")
 
 
