@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.passes.isolation import ours
+
 Call = tuple[nn.Module, Tensor]
 """A layer, and what it was called with."""
 
@@ -88,7 +90,8 @@ class InputCheck:
             ]
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():  # traced, where nothing may be kept
+        # Traced, where nothing may be kept; or another callback's pass, which is not the step's.
+        if torch.compiler.is_compiling() or ours():
             return
         rows = self._rows.setdefault(layer, [])
         if len(rows) < MOST_CALLS and (fed := _tensor_of(args, kwargs)) is not None:
