@@ -22,8 +22,8 @@ LOGGING = ("log", "log_dict")
 """Methods by which a LightningModule writes down numbers."""
 
 _UNDER_WAY: list[None] = []
-"""One entry for each pass of ours. Of the process and not of a thread, since on a GPU a checkpointed
-forward pass is repeated in a thread of autograd's."""
+"""One entry for each pass of ours. Of the process and not of a thread, since on a GPU a
+checkpointed forward pass is repeated in a thread of autograd's."""
 
 
 def ours() -> bool:

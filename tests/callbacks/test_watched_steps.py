@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_prune.callbacks import recipes
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
+from lightning_prune.callbacks.fed_inputs import first_call
 from tests.callbacks.pruning_cases import Digits, loaders, trainer
 
 PRUNER = "validation_step calls the model with another tensor"
@@ -65,3 +67,80 @@ def test_both_let_a_step_pass_that_does_not(criterion, first, sanity) -> None:
     callbacks = [norms, *others] if first else [*others, norms]
     assert said(callbacks, model, num_sanity_val_steps=sanity) == []
     assert model.net[1].num_batches_tracked == 5  # of the pass at the end
+
+
+class Placed(Digits):
+    """Begins with a layer that is fed the same whatever the batch."""
+
+    def __init__(self, scale: float, places: int) -> None:
+        torch.manual_seed(1)
+        super().__init__()
+        self.scale, self.places = scale, places
+        self.place = nn.Embedding(places, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = self.place(torch.arange(self.places)).reshape(1, -1)
+        return self.net(x + place.repeat(1, 64 // self.places))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0] / self.scale), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0] / self.scale)
+
+
+@pytest.mark.parametrize("places", [8, 64])  # 64 is the training batches' size, too
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_a_layer_that_is_fed_a_constant_says_nothing(scale, places) -> None:
+    model = Placed(scale, places)
+    assert said([BatchNormStatistics()], model) == ([] if scale == 1 else [NORMS])
+    assert model.net[1].num_batches_tracked == (5 if scale == 1 else 15)
+
+
+def test_the_first_call_is_told_by_the_order_of_the_samples() -> None:
+    x = loaders()[0].dataset.tensors[0]
+    model, recurrent = Digits().eval(), nn.RNN(8, 3)
+
+    def over_time(x: torch.Tensor) -> torch.Tensor:
+        return recurrent(x.reshape(-1, 8, 8).transpose(0, 1))
+
+    layer, fed = first_call(model, model, x[:2])
+    assert layer is model.net[0]
+    assert torch.equal(fed, x[:2])
+    assert first_call(model, model, x[:1]) is None
+    assert first_call(recurrent, over_time, x[:16])[0] is recurrent
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_a_scripted_part_is_not_looked_into(scale) -> None:
+    class Scripted(Placed):
+        def __init__(self) -> None:
+            super().__init__(scale, 64)
+            self.first = torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.ReLU()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(self.first(x))
+
+    model = Scripted()
+    assert said([BatchNormStatistics()], model) == ([] if scale == 1 else [NORMS])
+    assert model.net[1].num_batches_tracked == (5 if scale == 1 else 15)
+    assert not any(part._forward_pre_hooks for part in model.net.modules())
+    assert not model._forward_pre_hooks
+
+
+def test_one_copy_of_the_input_is_kept_however_deep_it_goes() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            alive = (part for part in gc.get_objects() if type(part) is torch.Tensor)
+            self.copies = sum(part.shape == x.shape for part in alive)
+            return x
+
+    def copies(depth: int) -> int:
+        inner = model = Counting()
+        for _ in range(depth):
+            model = nn.Sequential(model)
+        assert first_call(model, model, torch.rand(7, 1237))[0] is inner
+        return inner.copies
+
+    assert copies(8) == copies(1)
