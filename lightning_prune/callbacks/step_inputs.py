@@ -108,7 +108,11 @@ def _without(call: Mapping[str, Tensor], given: Iterable[Tensor]) -> dict[str, T
 
 
 def _same(fed: Tensor, inputs: Tensor) -> bool:
-    """Whether one is the other in whatever precision, or some of its samples."""
+    """Whether one is the other in whatever precision, or some of its samples.
+
+    Exact, as the tensors themselves are at hand. `InputCheck` has one sample of each call, of
+    layers inside the model, whose inputs two passes may compute with other roundings.
+    """
     if fed is inputs:
         return True
     if (fed.dtype == torch.bool) != (inputs.dtype == torch.bool):  # a mask of what is not 0
