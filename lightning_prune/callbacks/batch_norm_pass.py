@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_prune.callbacks.scoring import summed
 from lightning_prune.passes.batches import default_call
 from lightning_prune.passes.isolation import evaluating
 
@@ -73,11 +74,11 @@ def average(trainer: Trainer, layers: list[Any], seen: list[int]) -> list[int]:
     everywhere = []
     for layer, count in zip(layers, seen, strict=True):
         ours = torch.tensor(float(count), device=layer.running_mean.device)
-        total = trainer.strategy.reduce(ours.clone(), reduce_op="sum")
+        total = summed(trainer, ours.clone())
         everywhere.append(int(total))
         for statistic in (layer.running_mean, layer.running_var):
             # Also where nobody has seen any: all processes take part in each of these.
-            summed = trainer.strategy.reduce(statistic.float() * ours, reduce_op="sum")
+            everyones = summed(trainer, statistic.float() * ours)
             if total > 0:
-                statistic.copy_(summed / total)
+                statistic.copy_(everyones / total)
     return everywhere

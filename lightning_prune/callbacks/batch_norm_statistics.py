@@ -55,9 +55,10 @@ class BatchNormStatistics(Callback):
 
     Wrong inputs would ruin every layer, so without ``forward=`` it is looked whether the model gets
     them: in the fit's first training step and its first validation step the input of the first
-    layer is compared with that of a pass over the same batch. If neither agrees (the step calls
-    ``self(x / 255)`` and the batch holds x), or the inside of the model cannot be seen (compiled),
-    the statistics stay as training leaves them, with a warning. A training step that augments at
+    layer that the batch reaches is compared with that of a pass over the same batch. If neither
+    agrees (the step calls ``self(x / 255)`` and the batch holds x), or it cannot be seen (the model
+    is compiled, or a batch is one sample), the statistics stay as training leaves them, with a
+    warning. A training step that augments at
     random (mixup, noise) never agrees, and is in order where the validation step does: the pass
     goes over the batches as they are. A layer that no batch reaches, such as an auxiliary head that
     only ``training_step`` calls, keeps its statistics, and is warned of if they are of batches.
@@ -125,8 +126,14 @@ class BatchNormStatistics(Callback):
             self._inputs.watch(pl_module)
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Call | None:
+        def run(batch: Any) -> None:
+            rehearse(pl_module, batch, self.forward)
+
         with isolate_rng(), unlogged(pl_module), trainer.precision_plugin.forward_context():
-            return first_call(pl_module, lambda: rehearse(pl_module, batch, self.forward))
+            if not self._inputs.agrees:
+                return first_call(pl_module, run, batch)
+            run(batch)
+            return None
 
     @override
     def on_before_backward(
@@ -250,7 +257,8 @@ _OTHER_INPUTS = (
     "same batch, but neither is seen to, so new statistics could be those of other inputs. If the "
     "step prepares its input, repeat it in `forward=lambda module, batch: ...`, or do it in the "
     "model's forward, the loader or `on_after_batch_transfer`; if it does not (the model is "
-    "compiled, or the step calls other parts of it), give the call as `forward=`."
+    "compiled, a batch is one sample, or the step calls other parts of the model), give the call "
+    "as `forward=`."
 )
 _NO_BATCHES = (
     "BatchNormStatistics: the running statistics stay as training left them, as the training "

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_prune.passes.isolation import evaluating, own_randomness
+from lightning_prune.passes.isolation import evaluating, ours, own_randomness
 
 
 class FeatureEncoder:
@@ -132,7 +132,8 @@ class FeatureEncoder:
             self._armed = armed
 
     def _catch(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._armed:
+        # Callbacks behind the generator's may yet run the model before the step.
+        if self._armed and not ours():
             # Let go of the graph at once.
             self._caught = output.detach() if isinstance(output, Tensor) else output
             self._armed = False

@@ -7,13 +7,17 @@ the step (``self(x / 255)``) whether that calls the model, or a part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.passes.batches import batch_size, take_samples
+from lightning_prune.passes.isolation import ours
 
 Call = tuple[nn.Module, Tensor]
 """A layer, and what it was called with."""
@@ -22,36 +26,92 @@ MOST_CALLS = 8
 """Of a layer that a step calls again and again, no more calls than this are kept."""
 
 
-def first_call(module: nn.Module, run: Callable[[], Any]) -> Call | None:
-    """Run a pass and return its first layer, with the tensor that went in.
+def first_call(module: nn.Module, run: Callable[[Any], Any], batch: Any) -> Call | None:
+    """Run a pass and return its first layer that is fed the batch, with the tensor that went in.
 
-    It is the innermost of the modules that are called first; ``None`` if no call had a tensor, or
-    none could be seen, as in a compiled model.
+    It is the innermost of the modules that are called first. One that is fed a constant, such as
+    positions, says nothing about the batch: it is told by another pass, over the same samples in
+    reverse order, in which its input stays.
+
+    Args:
+        module: The model.
+        run: ``run(batch)`` runs it.
+        batch: As it is; only ``run`` may fail on it.
+
+    Returns:
+        ``None`` if there is no such call; or none could be seen, as in a compiled model; or there
+        is one sample only, so that the order says nothing.
     """
-    found: list[Call] = []
+    reverse: dict[tuple[nn.Module, int], Tensor] = {}
+    with suppress(Exception):  # after an error of this pass, what it did not come to is not known
+        turned = take_samples(batch, torch.arange(batch_size(batch)).flip(0))
+        with _calls(module, lambda layer, n, fed: reverse.update({(layer, n): _checksum(fed)})):
+            run(turned)
+    found: Call | None = None
+    entered: set[nn.Module] = set()
     returned = False
 
-    def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(layer: nn.Module, n: int, fed: Tensor) -> None:
+        nonlocal found
+        other = None if returned else reverse.get((layer, n))
+        if other is not None and not torch.equal(other, _checksum(fed)):
+            entered.add(layer)
+            found = layer, fed.detach().clone()
+
+    def after(layer: nn.Module) -> None:
+        nonlocal returned
+        returned |= layer in entered
+
+    with _calls(module, before, after):
+        run(batch)
+    return found
+
+
+@contextmanager
+def _calls(
+    module: nn.Module,
+    before: Callable[[nn.Module, int, Tensor], object],
+    after: Callable[[nn.Module], object] = lambda layer: None,
+) -> Iterator[None]:
+    """Have all calls of the parts of a model reported, with a number for each call of a part."""
+    numbers: Counter[nn.Module] = Counter()
+
+    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():  # traced, where nothing may be kept
             return
-        if not returned and (fed := _tensor_of(args, kwargs)) is not None:
-            found.append((layer, fed.detach().clone()))
+        if (fed := _tensor_of(args, kwargs)) is not None:
+            before(layer, numbers[layer], fed)
+            numbers[layer] += 1
 
-    def after(*_: Any) -> None:
-        nonlocal returned
+    def leave(layer: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            returned = True
+            after(layer)
 
-    handles = [
-        part.register_forward_pre_hook(before, with_kwargs=True) for part in module.modules()
-    ]
-    handles += [part.register_forward_hook(after) for part in module.modules()]
+    handles = _hook(module, enter, leave)
     try:
-        run()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found[-1] if found else None
+
+
+def _hook(
+    module: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None
+) -> list[RemovableHandle]:
+    """Hook the parts of a model that can be; a scripted one refuses, and is not seen."""
+    handles = []
+    for part in module.modules():
+        with suppress(RuntimeError):
+            handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            if after is not None:
+                handles.append(part.register_forward_hook(after))
+    return handles
+
+
+def _checksum(fed: Tensor) -> Tensor:
+    """Return one number that depends on the values and on their order."""
+    values = fed.detach().reshape(-1).float()
+    return values @ torch.arange(1.0, len(values) + 1, device=values.device).sqrt()
 
 
 class InputCheck:
@@ -82,13 +142,11 @@ class InputCheck:
     def watch(self, module: nn.Module) -> None:
         """Keep what the parts of a model are called with from here on, if there is any doubt."""
         if not self.agrees:
-            self._handles = [
-                part.register_forward_pre_hook(self._keep, with_kwargs=True)
-                for part in module.modules()
-            ]
+            self._handles = _hook(module, self._keep)
 
     def _keep(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():  # traced, where nothing may be kept
+        # Traced, where nothing may be kept; or another callback's pass, which is not the step's.
+        if torch.compiler.is_compiling() or ours():
             return
         rows = self._rows.setdefault(layer, [])
         if len(rows) < MOST_CALLS and (fed := _tensor_of(args, kwargs)) is not None:

@@ -212,12 +212,12 @@ class ScoringPass:
         self.close()
         mine = self._accumulator
         counts = torch.stack([mine.samples_seen, mine.energy, mine.dropped])
-        samples, energy, dropped = _sum(trainer, counts).tolist()
+        samples, energy, dropped = summed(trainer, counts).tolist()
         if not samples:
             return None
         # A small set has no sample for the last of many processes.
         local = mine.compute() if self._scored_here else mine.sums
-        scores = {name: _sum(trainer, total) for name, total in local.items()}
+        scores = {name: summed(trainer, total) for name, total in local.items()}
         check_scores(scores)
         seconds = self._seconds + time.perf_counter() - start
         return ScoringResult(scores, int(samples), dropped / energy if energy else 0.0, seconds)
@@ -257,7 +257,7 @@ class ScoringPass:
         self._seen = {(dataloader_idx, batch_idx) for dataloader_idx, batch_idx in state["seen"]}
 
 
-def _sum(trainer: Trainer, tensor: Tensor) -> Tensor:
+def summed(trainer: Trainer, tensor: Tensor) -> Tensor:
     """Return the sum over all processes, which may overwrite ``tensor``: the pass is over."""
     if trainer.world_size == 1:
         return tensor

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.passes.batches import LABEL_KEYS, call_inputs
+from lightning_prune.passes.isolation import ours
 
 
 class StepInputs:
@@ -38,7 +39,8 @@ class StepInputs:
             self._handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: Any, args: Any, kwargs: Any) -> None:
-        self._calls.append((args, kwargs))
+        if not ours():  # another callback may run the model between the step and the comparison
+            self._calls.append((args, kwargs))
 
     def compare(self, module: LightningModule, batch: Any) -> None:
         """Warn if no call of the step that has just run had the tensors that the scoring passes.
@@ -106,7 +108,11 @@ def _without(call: Mapping[str, Tensor], given: Iterable[Tensor]) -> dict[str, T
 
 
 def _same(fed: Tensor, inputs: Tensor) -> bool:
-    """Whether one is the other in whatever precision, or some of its samples."""
+    """Whether one is the other in whatever precision, or some of its samples.
+
+    Exact, as the tensors themselves are at hand. `InputCheck` has one sample of each call, of
+    layers inside the model, whose inputs two passes may compute with other roundings.
+    """
     if fed is inputs:
         return True
     if (fed.dtype == torch.bool) != (inputs.dtype == torch.bool):  # a mask of what is not 0

@@ -21,6 +21,28 @@ state for all devices and no way to name it by device)."""
 LOGGING = ("log", "log_dict")
 """Methods by which a LightningModule writes down numbers."""
 
+_UNDER_WAY: list[None] = []
+"""One entry for each pass of ours. Of the process and not of a thread, since on a GPU a
+checkpointed forward pass is repeated in a thread of autograd's."""
+
+
+def ours() -> bool:
+    """Whether a pass of ours is under way, which is none of the user's steps.
+
+    So it is inside of :func:`evaluating` and of :func:`unlogged`, through one of which all of them
+    go. Who watches a step asks it: callbacks run their passes between any two hooks of another.
+    """
+    return bool(_UNDER_WAY)
+
+
+@contextmanager
+def _our_pass() -> Iterator[None]:
+    _UNDER_WAY.append(None)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.pop()
+
 
 def derived_seed(*key: int | str) -> int:
     """Return a seed for the draw that ``key`` names, e.g. ``(seed, "fit", step, rank)``.
@@ -107,7 +129,8 @@ def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[N
     for submodule in changed:
         submodule.training = False
     try:
-        yield
+        with _our_pass():
+            yield
     finally:
         for submodule in changed:
             submodule.training = True
@@ -130,7 +153,8 @@ def unlogged(model: nn.Module) -> Iterator[None]:
     for own in held:
         own.update(dict.fromkeys(LOGGING, _nothing))
     try:
-        yield
+        with _our_pass():
+            yield
     finally:
         for own, kept in zip(held, before, strict=True):
             for name in LOGGING:

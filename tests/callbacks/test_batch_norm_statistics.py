@@ -7,6 +7,7 @@ import pickle
 import warnings
 from contextlib import nullcontext
 from itertools import cycle, islice
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.callbacks.batch_norm_pass import batch_norms, estimate_statistics
+from lightning_prune.callbacks.batch_norm_pass import average, batch_norms, estimate_statistics
 from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback
@@ -434,3 +435,18 @@ def test_a_compiled_model_cannot_be_looked_into(given: bool) -> None:
     else:
         assert "the model is compiled" in said[0]
         assert model.net[1].num_batches_tracked == 10  # of the training steps
+
+
+def test_processes_average_on_the_device_that_can_reduce() -> None:
+    """When a fit has ended the model is on the CPU, where NCCL reduces nothing."""
+    sent: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        sent.append(tensor)
+        return torch.full(tensor.shape, 6.0)
+
+    strategy = SimpleNamespace(root_device=torch.device("meta"), reduce=reduce)
+    layer = nn.BatchNorm1d(4)
+    assert average(SimpleNamespace(world_size=2, strategy=strategy), [layer], [3]) == [6]
+    assert [tensor.device.type for tensor in sent] == ["meta"] * 3
+    assert layer.running_mean.tolist() == [1.0] * 4

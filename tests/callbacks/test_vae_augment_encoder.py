@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_prune.augment import DenseVAE
 from lightning_prune.augment.feature_encoder import FeatureHeads, use_features
+from lightning_prune.callbacks.batch_norm_statistics import BatchNormStatistics
 from lightning_prune.callbacks.feature_encoder import FeatureEncoder
 from lightning_prune.callbacks.generator_training import GeneratorTraining
 from lightning_prune.callbacks.vae_augment import VAEAugmentCallback
@@ -62,6 +63,19 @@ def test_there_is_no_second_forward_pass_and_the_step_is_on_its_features():
     twin._training.encoder.take = lambda n, joined=0: next(given)
     fit([twin], model=Counting(), max_epochs=2, limit_val_batches=0)
     assert same(twin.vae.state_dict(), callback.vae.state_dict())
+
+
+def test_a_pass_between_is_not_the_steps():
+    """A callback behind it tries a pass of its own, in eval mode, before the first step."""
+    states = []
+    for behind in ([], [BatchNormStatistics()]):
+        torch.manual_seed(3)
+        model = Digits(dropout=0.5)
+        model.features.append(nn.BatchNorm1d(16))
+        callback = VAEAugmentCallback(encoder="features", inject=())
+        fit([callback, *behind], model=model, max_epochs=1, limit_train_batches=2)
+        states.append(callback.vae.state_dict())
+    assert same(*states)
 
 
 def test_features_carry_what_the_inputs_are():
