@@ -136,9 +136,10 @@ class Pruner:
         counts: int | None = None,
     ) -> PruningPlan:
         """Return what a fit of so many epochs (or rounds) is going to prune."""
+        held = pruning_state.held(self.keeper.masks, self.state.pending)
         already, _ = count_removed(self.keeper.masks)
         unit = self.clock.unit
-        return make_plan(module, self.schedule, names, exclude, counts, already, unit)
+        return make_plan(module, self.schedule, names, exclude, counts, already, unit, held)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, where what was left undone is not made up, or go on with one."""
