@@ -23,7 +23,7 @@ from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.masking import Prunable, find_prunable
-from lightning_prune.passes.batches import batch_size, take_samples
+from lightning_prune.passes.batches import few_samples
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.refit import check_priced
 from lightning_prune.saliency import Likelihood, SaliencyAccumulator
@@ -279,7 +279,7 @@ def check_prices(
     Raises:
         PruningSetupError: There are some; the message names them.
     """
-    samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+    samples = few_samples(batch)
     with isolate_rng():
         try:
             uncalled = check_priced(module, names, samples, forward=forward, likelihood=likelihood)
