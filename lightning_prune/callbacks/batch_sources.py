@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune._types import Forward
 from lightning_prune.exceptions import BatchFormatError
-from lightning_prune.passes.batches import batch_size, describe_batch, take_samples
+from lightning_prune.passes.batches import describe_batch, few_samples
 from lightning_prune.passes.isolation import evaluating
 
 
@@ -64,7 +64,7 @@ def added_batches(
 
 
 def _try(forward: Forward, module: LightningModule, batch: Any, source: BatchSource) -> None:
-    few = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+    few = few_samples(batch)
     try:
         with torch.no_grad(), evaluating(module), isolate_rng():
             forward(module, few)

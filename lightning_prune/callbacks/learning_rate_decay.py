@@ -31,8 +31,10 @@ class LearningRateDecay(Callback):
     Progress is counted in training batches and, with ``max_steps``, in optimizer steps; what is
     nearer to its end counts. When training has ended or was interrupted, the optimizers have the
     rates from before the decay again. A resumed run goes on exactly, and one that is
-    resumed with a larger ``max_epochs`` has its decay where the longer fit has it. Whatever else
-    sets a rate during the decay is warned of once, as the decay is without effect there.
+    resumed with a larger ``max_epochs`` has its decay where the longer fit has it. During the decay
+    the rates are set as every batch begins. What sets others after that, before the optimizer's
+    step, is warned of once, as the decay is without effect there; what sets them earlier, such as
+    at the start of an epoch, or a :class:`~lightning_prune.Rewind`, is overwritten.
 
     Args:
         start: Where the decay starts: a float in [0, 1) is a share of the fit; an int, or a whole

@@ -129,6 +129,7 @@ def make_plan(
     epochs: int | None = None,
     already: int = 0,
     unit: str = "epoch",
+    held: Iterable[str] = (),
 ) -> PruningPlan:
     """Return what a run would prune; the module is only looked at.
 
@@ -140,6 +141,7 @@ def make_plan(
         epochs: How many epochs (or rounds) the run has; ``None`` shows the whole schedule.
         already: How many weights are removed before the first event, >= 0.
         unit: What the schedule counts, for the table.
+        held: Names of parameters that have masks already.
 
     Raises:
         TypeError: ``names`` or ``exclude`` is a single string.
@@ -163,7 +165,7 @@ def make_plan(
     """
     if epochs is not None and (faults := count_faults(epochs=epochs)):
         raise ValueError(f"A run cannot be planned: {faults[0]}.")
-    prunable = find_prunable(module, names, exclude=exclude)
+    prunable = find_prunable(module, names, exclude=exclude, held=held)
     sizes = {name: parameter.numel() for name, parameter in prunable.parameters.items()}
     total = sum(sizes.values())
     if epochs is None and schedule.last_epoch is not None:

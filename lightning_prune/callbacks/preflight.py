@@ -22,8 +22,8 @@ from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.masking import find_prunable
-from lightning_prune.passes.batches import batch_size, take_samples
+from lightning_prune.masking import Prunable, find_prunable
+from lightning_prune.passes.batches import few_samples
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.refit import check_priced
 from lightning_prune.saliency import Likelihood, SaliencyAccumulator
@@ -105,11 +105,12 @@ def check_setup(  # noqa: PLR0913  (all faults in one message)
         faults += _refit_faults(trainer, refit, rewind, criterion, own_loader)
     parameters: dict[str, nn.Parameter] = {}
     try:
-        parameters = find_prunable(module, names, exclude=exclude).parameters
+        prunable = find_prunable(module, names, exclude=exclude, held=held)
+        parameters = prunable.parameters
     except ValueError as error:
         faults.append(str(error))
     else:
-        faults += _fit_faults(held, parameters)
+        faults += _held_faults(held, prunable)
         faults += selection.faults(parameters, (events or {}).values())
     if selection.regrow > 0 and not criterion.needs_scores:
         faults.append(
@@ -164,20 +165,30 @@ def plan_events(
         return None
 
 
-def _fit_faults(held: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
+def _held_faults(held: Mapping[str, Tensor], prunable: Prunable) -> list[str]:
     """Say if what the pruner holds belongs to another model: one message, every parameter."""
+    parameters, left_out = prunable.parameters, prunable.left_out
+    spared = {name: left_out[name] for name in held if name in left_out}
     lines = [
         f"- {name!r}: expected shape {tuple(tensor.shape)}, but "
         + (f"got {tuple(parameters[name].shape)}" if name in parameters else "it is not there")
         for name, tensor in held.items()
-        if name not in parameters or parameters[name].shape != tensor.shape
+        if name not in spared and (name not in parameters or parameters[name].shape != tensor.shape)
     ]
-    head = "The pruner holds masks of another model, from `masks`, an earlier fit or a checkpoint:"
-    tail = (
-        "Use a new SaliencyPruningCallback for a new model, and in `masks` the names that the "
-        "LightningModule gives its parameters (prune the module, not a part of it)."
-    )
-    return ["\n".join([head, *lines, tail])] if lines else []
+    faults = []
+    if lines:
+        head = "The pruner holds masks of another model, from `masks`, an earlier fit or a "
+        tail = (
+            "Use a new SaliencyPruningCallback for a new model, and in `masks` the names that the "
+            "LightningModule gives its parameters (prune the module, not a part of it)."
+        )
+        faults.append("\n".join([f"{head}checkpoint:", *lines, tail]))
+    if spared:
+        head = "The pruner holds masks of parameters that it is told to leave alone:"
+        tail = "Name them in `parameters`, do not `exclude` them, or leave their masks out."
+        lines = [f"- {name!r}: {reason}" for name, reason in spared.items()]
+        faults.append("\n".join([head, *lines, tail]))
+    return faults
 
 
 def validation_faults(
@@ -268,7 +279,7 @@ def check_prices(
     Raises:
         PruningSetupError: There are some; the message names them.
     """
-    samples = take_samples(batch, torch.arange(min(2, batch_size(batch))))
+    samples = few_samples(batch)
     with isolate_rng():
         try:
             uncalled = check_priced(module, names, samples, forward=forward, likelihood=likelihood)

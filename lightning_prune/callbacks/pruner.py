@@ -117,7 +117,7 @@ class Pruner:
             taken=taken,
             held=pruning_state.held(self.keeper.masks, self.state.pending),
         )
-        fit_warnings.warn(trainer, self.schedule, self.clock, parameters, self.keeper.masks)
+        fit_warnings.warn_of_masks(self.schedule, self.selection, parameters, self.keeper.masks)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         units = preflight.unnamed_units(self.selection, parameters, names)
@@ -136,12 +136,14 @@ class Pruner:
         counts: int | None = None,
     ) -> PruningPlan:
         """Return what a fit of so many epochs (or rounds) is going to prune."""
+        held = pruning_state.held(self.keeper.masks, self.state.pending)
         already, _ = count_removed(self.keeper.masks)
         unit = self.clock.unit
-        return make_plan(module, self.schedule, names, exclude, counts, already, unit)
+        return make_plan(module, self.schedule, names, exclude, counts, already, unit, held)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, where what was left undone is not made up, or go on with one."""
+        fit_warnings.warn_of_length(trainer, self.schedule, self.clock)
         self._unreached.look_ahead(trainer)
         if self._restored:
             self._make_up(trainer, module)

@@ -50,7 +50,8 @@ def best(
 
     Args:
         sparsity: The share of all prunable weights removed in the end, in (0, 1).
-        epochs: ``max_epochs`` of the Trainer, at least 2; with another number the fit warns.
+        epochs: ``max_epochs`` of the Trainer, at least 2; a fit that is seen to have another number
+            of them, also by ``max_steps``, warns.
         stages: Pruning events; by default one in each of the first two thirds of the epochs.
         criterion: As for :class:`SaliencyPruningCallback`. By default ``"obc"``, which has prices
             for linear layers and convolutions (with others in the model exclude them, or choose
@@ -67,7 +68,7 @@ def best(
             ``likelihood`` goes to the distillation as well, ``forward`` to the batch norm part.
             With ``masks`` of a network that :func:`~lightning_prune.prune` has brought to
             ``sparsity`` before (as nearly as whole units, channels or heads come to it), there
-            are no stages: it is trained under them.
+            are no stages: it is trained under them (a fit in which others have no masks warns).
 
     Raises:
         ValueError: Arguments out of range; one message names them all.
@@ -99,7 +100,7 @@ def best(
     _raise(faults)
     schedule = stages_of(sparsity, epochs, stages)
     if _are_enough(pruner.get("masks"), sparsity, pruner.get("selection")):
-        schedule = EpochSchedule({}, epochs)
+        schedule = EpochSchedule({}, epochs, reached=sparsity)
     if criterion is None:
         count = pruning_epochs(epochs) if stages is None else stages
         criterion = "obc" if (1 - sparsity) ** (1 / count) >= ENOUGH_LEFT else "taylor"

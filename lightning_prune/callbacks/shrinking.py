@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_prune._types import Forward
 from lightning_prune.callbacks.scoring import is_fitting
 from lightning_prune.exceptions import BatchFormatError
-from lightning_prune.passes.batches import batch_size, call_inputs, take_samples
+from lightning_prune.passes.batches import call_inputs, few_samples
 from lightning_prune.removal import RemovalError, RemovalReport, compare, shrink_with_report
 from lightning_prune.removal.calls import copied
 from lightning_prune.removal.graph import load_torch_pruning
@@ -68,7 +67,7 @@ class Shrinking:
         """Keep a few samples of a fit's first batch."""
         if self.wanted and self.given is None and self._seen is None and batch is not None:
             try:
-                self._seen = take_samples(batch, torch.arange(min(SAMPLES, batch_size(batch))))
+                self._seen = few_samples(batch, SAMPLES)
             except BatchFormatError as error:
                 self._why_none = str(error)
 

@@ -52,6 +52,7 @@ def find_prunable(
     names: Iterable[str] | None = None,
     *,
     exclude: Iterable[str] | None = None,
+    held: Iterable[str] = (),
 ) -> Prunable:
     """Decide which parameters are pruned.
 
@@ -67,6 +68,8 @@ def find_prunable(
             patterns of :mod:`fnmatch` (``"features.*"``). A pattern takes, of the parameters that
             it matches, those that are prunable by default: never a bias or a norm by accident.
         exclude: Names or patterns of parameters that are not pruned, however they were chosen.
+        held: Names of parameters that have masks already, by an earlier default say. Those that
+            ``names`` (or a pattern in it) covers count as given by name, others as ever.
 
     Raises:
         TypeError: ``names`` or ``exclude`` is a single string.
@@ -86,7 +89,11 @@ def find_prunable(
     owners = _owners(model)
     present = dict(model.named_parameters())
     first_names = _first_names(model)
-    reasons = {name: _why_not(name, p, owners[name]) for name, p in present.items()}
+    masked = {name for name in held if name in present and _why_impossible(present[name]) is None}
+    reasons = {
+        name: None if name in masked else _why_not(name, p, owners[name])
+        for name, p in present.items()
+    }
     faults: dict[str, list[str]] = {"parameters": [], "exclude": []}
     if names is not None:
         reasons = _named(

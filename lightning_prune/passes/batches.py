@@ -180,6 +180,16 @@ def take_samples(batch: Any, index: Tensor) -> Any:
     return change_parts(batch, size, take)
 
 
+def few_samples(batch: Any, count: int = 2) -> Any:
+    """Return a batch of the same form with the first samples, or all where there are no more.
+
+    Example:
+        >>> few_samples((torch.arange(3), ["a", "b", "c"]))
+        (tensor([0, 1]), ['a', 'b'])
+    """
+    return take_samples(batch, torch.arange(min(count, batch_size(batch))))
+
+
 @contextmanager
 def whole_or_part(run: Callable[[Any], Any], batch: Any) -> Iterator[None]:
     """Explain an error on some samples of a batch in a block, if all of them together make none.

@@ -7,7 +7,7 @@ forward pass; on exit, also after an exception, everything is as it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,7 +137,7 @@ def evaluating(module: nn.Module, *, differentiable: bool = False) -> Iterator[N
 
 
 @contextmanager
-def unlogged(model: nn.Module) -> Iterator[None]:
+def unlogged(model: nn.Module, among: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Have ``self.log`` and ``self.log_dict`` of a LightningModule do nothing in a block.
 
     What a ``forward`` logs belongs to the steps of the user's. In a pass of ours it would mix with
@@ -147,8 +147,10 @@ def unlogged(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any module; LightningModules in it are quiet as well, others with a method ``log``
             (a logarithm, say) keep it.
+        among: Those of its modules to look at, where somebody knows that these are enough.
     """
-    held = [vars(module) for module in model.modules() if _logs(module)]
+    modules = model.modules() if among is None else among
+    held = [vars(module) for module in modules if _logs(module)]
     before = [{name: own[name] for name in LOGGING if name in own} for own in held]
     for own in held:
         own.update(dict.fromkeys(LOGGING, _nothing))

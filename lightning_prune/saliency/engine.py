@@ -121,6 +121,7 @@ class Engine:
         self._generator = None if signs is None else signs.generator()
         self.parameters = named_tensors(model, parameters)
         self._plans = Plans(self._run, self.parameters, workspace)
+        self._misled = False  # by given logits: from then on none are used
 
     def check(self, batch: Any) -> list[str]:
         """Raise what scoring this batch would raise, by two samples; return what is not reached."""
@@ -140,7 +141,7 @@ class Engine:
             batch: N samples in the form that ``forward`` reads.
             totals: Full name -> running sum.
             logits: The model's output for this batch where it is known already, in the weights'
-                precision.
+                precision. Where it proves to be wrong it is not used.
         """
         if not batch_size(batch):
             return BatchReport(0, 0.0, 0.0)
@@ -153,9 +154,11 @@ class Engine:
                     return BatchReport(batch_size(batch), energy, 0.0)
             if not self._selects():
                 return BatchReport(batch_size(batch), *self._add_all_rows(batch, totals))
-            given = usable(logits, batch_size(batch))
-            given = None if given is None else given.clone()
-            return BatchReport(batch_size(batch), *self._add_chosen_rows(batch, totals, given))
+            given = None if self._misled else usable(logits, batch_size(batch))
+            if given is None:
+                return BatchReport(batch_size(batch), *self._add_chosen_rows(batch, totals))
+            added = self._add_by_given(batch, totals, GivenLogits(given))
+            return BatchReport(batch_size(batch), *added)
 
     def add_estimate(
         self, batch: Any, totals: Mapping[str, Tensor], variances: Mapping[str, Tensor]
@@ -283,14 +286,31 @@ class Engine:
             uses.finish(totals)
         return float(squares.sum(dtype=torch.float64))
 
+    def _add_by_given(
+        self, batch: Any, totals: Mapping[str, Tensor], given: GivenLogits
+    ) -> tuple[float, float]:
+        """Add the rows that carry the score by given logits, or by found ones if those are wrong.
+
+        Aside first: by wrong logits too much may be left out of the right samples as well.
+        """
+        aside = {name: torch.zeros_like(total) for name, total in totals.items()}
+        added = self._add_chosen_rows(batch, aside, given)
+        if not given.right:
+            self._misled = True
+            return self._add_chosen_rows(batch, totals)
+        for name, total in totals.items():
+            total.add_(aside[name])
+        return added
+
     def _add_chosen_rows(
-        self, batch: Any, totals: Mapping[str, Tensor], logits: Tensor | None
+        self, batch: Any, totals: Mapping[str, Tensor], given: GivenLogits | None = None
     ) -> tuple[float, float]:
         """Add the rows that carry the score; return the batch's energy and what was dropped."""
-        given = None if logits is None else GivenLogits(logits)
-        if logits is None:
+        if given is None:
             with torch.no_grad():
                 logits = self._run(batch)
+        else:
+            logits = given.logits
         rows = self._rows(logits.detach(), batch)
         plan = self._plans.latest
         for group in group_rows(rows, self.workspace, plan.launch, plan.width):
@@ -298,19 +318,10 @@ class Engine:
             with Capture(self.parameters) as capture:
                 found = self._run(part)
             capture.close()
-            gradients = group.gradients(found)
-            if given is not None:
-                right = given.confirm(group.samples, found)
-                if not bool(given.confirmed.any()):
-                    break  # an output of something else
-                gradients[:, ~right] = 0.0
-            self._backward(part, capture, found, gradients, totals)
-        if given is None or not given.doubted:
-            return rows.total, rows.dropped
-        # What was given is not this batch's output: all that was not seen to be right comes anew.
-        kept = float(rows.energy[given.confirmed[rows.sample]].sum()) + rows.dropped
-        more = self._add_chosen_rows(take_samples(batch, given.rest), totals, None)
-        return kept + more[0], rows.dropped + more[1]
+            if given is not None and not given.compare(group.samples, found):
+                break  # an output of something else
+            self._backward(part, capture, found, group.gradients(found), totals)
+        return rows.total, rows.dropped
 
     def _backward(
         self,

@@ -1,7 +1,7 @@
 """Logits that somebody else has computed: used where they are seen to be the batch's own.
 
-Enters: logits given for a batch, and those of the parts of it that the engine runs. Leaves: of
-which samples they agree, and which samples are to be scored again.
+Enters: logits given for a batch, and those of the parts of it that the engine runs. Leaves: whether
+they agree. Samples without a row are not run, and are taken as given where all others agree.
 """
 
 from __future__ import annotations
@@ -11,38 +11,34 @@ from torch import Tensor
 
 
 class GivenLogits:
-    """Compare given logits with found ones, sample by sample.
+    """Compare given logits with found ones, without waiting for the device before the end.
 
     Args:
         logits: (N, ...) as given.
     """
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits.detach()
-        self._confirmed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        self.doubted = False
+        self.logits = logits.detach().clone()
+        self._alike: list[Tensor] = []
 
-    def confirm(self, samples: Tensor, found: Tensor) -> Tensor:
-        """Tell, (n,) bool, of which samples the given logits are right.
+    def compare(self, samples: Tensor, found: Tensor) -> bool:
+        """Look at some samples; return False if not even the shapes agree.
 
         Args:
             samples: (n,) indices into the batch.
             found: (n, ...) their logits.
         """
-        right = alike(found.detach(), self.logits[samples])
-        self.doubted |= not bool(right.all())
-        self._confirmed[samples[right]] = True
-        return right
+        fits = found.shape[1:] == self.logits.shape[1:]
+        if fits:
+            self._alike.append(alike(found.detach(), self.logits[samples]))
+        else:
+            self._alike.append(torch.zeros((), dtype=torch.bool, device=found.device))
+        return fits
 
     @property
-    def confirmed(self) -> Tensor:
-        """(N,) bool: what has been seen to be right."""
-        return self._confirmed
-
-    @property
-    def rest(self) -> Tensor:
-        """Indices of the samples of which it has not."""
-        return (~self._confirmed).nonzero().squeeze(1)
+    def right(self) -> bool:
+        """Whether all that was looked at agreed, and anything was."""
+        return bool(self._alike) and bool(torch.stack(self._alike).all())
 
 
 def usable(logits: Tensor | None, samples: int) -> Tensor | None:
@@ -53,9 +49,6 @@ def usable(logits: Tensor | None, samples: int) -> Tensor | None:
 
 
 def alike(found: Tensor, given: Tensor) -> Tensor:
-    """Tell, (n,) bool, where two computations of logits agree as far as their precision goes."""
-    if found.shape != given.shape:
-        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
+    """Tell, as a tensor, whether two computations agree as far as their precision goes."""
     loose = 1e-6 if given.dtype == torch.float64 else 1e-3
-    scale = float(found.abs().amax()) + 1e-6
-    return (found - given).abs().reshape(len(found), -1).amax(1) <= loose * scale
+    return ((found - given).abs() <= loose * (found.abs().amax() + 1e-6)).all()

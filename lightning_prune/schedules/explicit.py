@@ -28,6 +28,8 @@ class EpochSchedule(Schedule):
             a removed weight stays removed. Thresholds may: scores shrink as a network grows sure.
         epochs: The length of the fit that it is made for: one of another length is warned of. By
             default it is for any.
+        reached: The share that the masks, which the pruner is given, are counted on to have removed
+            before; a fit where they have not is warned of.
 
     Raises:
         TypeError: ``targets`` is not a mapping.
@@ -41,6 +43,7 @@ class EpochSchedule(Schedule):
 
     targets: dict[int, float | Threshold]
     epochs: int | None = field(default=None, repr=False)
+    reached: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check every epoch and target, and put them in order."""
@@ -56,6 +59,8 @@ class EpochSchedule(Schedule):
         ]
         if self.epochs is not None:
             faults += count_faults(epochs=self.epochs)
+        if self.reached is not None:
+            faults += target_faults({"reached": self.reached})
         ordered = {int(e): self.targets[e] for e in sorted(filter(is_epoch, self.targets))}
         raise_faults(faults + target_faults(ordered))
         ordered = {epoch: as_target(target) for epoch, target in ordered.items()}

@@ -545,3 +545,21 @@ def test_a_reentrant_checkpoint_around_the_named_submodule_hides_it() -> None:
     model.reentrant = True
     with pytest.raises(PruningSetupError, match=r"use_reentrant=False"):
         run(model, callback(module="net"))
+
+
+def test_a_deep_networks_modules_are_not_walked_through_in_every_step() -> None:
+    class Counting(Model):
+        walks = 0
+
+        def modules(self) -> Any:
+            Counting.walks += 1
+            return super().modules()
+
+    def walks(epochs: int) -> int:
+        before = Counting.walks
+        trainer(callback(module="net"), max_epochs=epochs).fit(
+            Counting(calls="net"), DataLoader(TensorDataset(*digits()), 16, drop_last=True)
+        )
+        return Counting.walks - before
+
+    assert walks(3) - walks(2) < 20  # an epoch has 112 steps

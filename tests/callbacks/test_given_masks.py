@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
 
 from lightning_prune import prune, recipes
 from lightning_prune.callbacks import SaliencyPruningCallback
@@ -15,6 +17,7 @@ from lightning_prune.callbacks.preflight import PruningSetupError
 from tests.callbacks.pruning_cases import (
     TOTAL,
     WEIGHTS,
+    Digits,
     Witness,
     digits,
     loaders,
@@ -119,3 +122,59 @@ def test_names_of_a_part_of_the_module_are_refused_before_the_first_step() -> No
     with pytest.raises(PruningSetupError, match=r"(?s)0.weight.*not there.*prune the module"):
         trainer(pruner).fit(model, *loaders())
     assert model.steps == 0
+
+
+class Scaled(Digits):
+    """Has a scale that is no matrix, and was one to the pruner until it looked at shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(1, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.gamma)
+
+
+def earlier_masks() -> dict[str, Tensor]:
+    return {"gamma": torch.arange(64)[None] % 2 == 0, WEIGHTS[1]: torch.rand(10, 24) > 0.5}
+
+
+@pytest.mark.parametrize("names", [None, ["gamma*", "net.*"]])
+def test_masks_of_what_is_not_pruned_by_default_any_more_are_kept(names: Any) -> None:
+    masks = earlier_masks()
+    pruner = SaliencyPruningCallback({1: 0.6}, masks=masks, parameters=names)
+    assert "gamma" in pruner.plan(Scaled(), 3).parameters
+    for _ in range(2):  # a second fit, too
+        model = Scaled()
+        trainer(pruner, max_epochs=3).fit(model, *loaders())
+        assert not model.gamma[~masks["gamma"]].any()
+        assert model.gamma.any()
+    assert pruner.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_checkpoint_from_before_goes_on(tmp_path) -> None:
+    masks = earlier_masks()
+    old = SaliencyPruningCallback({0: 0.3}, masks=masks)  # the same key as without `masks`
+    run = trainer(old, max_epochs=2)
+    run.fit(Scaled(), *loaders())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    pruner, model = SaliencyPruningCallback({0: 0.3, 3: 0.6}), Scaled()
+    options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+    trainer(pruner, max_epochs=5).fit(model, *loaders(), **options)
+    assert [record["epoch"] for record in pruner.history] == [0, 3]
+    assert not model.gamma[~masks["gamma"]].any()
+    assert set(pruner.masks) == {"gamma", *WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"exclude": ["gamma"]}, "excluded by 'gamma'"),
+        ({"parameters": ["net.*"]}, "not named"),
+    ],
+)
+def test_masks_of_what_is_to_be_left_alone_are_refused(options: Any, reason: str) -> None:
+    pruner = SaliencyPruningCallback({}, masks=earlier_masks(), **options)
+    said = f"(?s)leave alone.*'gamma': {reason}.*`parameters`"
+    with pytest.raises(PruningSetupError, match=said):
+        trainer(pruner).fit(Scaled(), *loaders())

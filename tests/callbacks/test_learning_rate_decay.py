@@ -177,6 +177,18 @@ def test_a_rewind_of_the_rate_does_not_undo_the_decay() -> None:
     )
 
 
+def test_a_rate_set_at_an_epochs_start_is_overwritten() -> None:
+    class AtEpochs(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.optimizers[0].param_groups[0]["lr"] = 0.5
+
+    rates = Rates()
+    fit(LearningRateDecay(1), AtEpochs(), rates, max_epochs=3)  # and nothing is said
+    assert [r for (r,) in rates.seen] == pytest.approx(
+        [0.5 * cosine(step, 5, 15) for step in range(15)]
+    )
+
+
 def test_a_whole_float_is_an_epoch() -> None:
     rates = Rates()
     fit(LearningRateDecay(1.0), rates, max_epochs=2)  # as a configuration file gives it

@@ -354,3 +354,30 @@ def test_given_logits_that_are_not_the_batchs_change_no_score(wrong: Any) -> Non
     accumulator = SaliencyAccumulator(model)
     accumulator.update(x, given)
     assert reference.largest_error(accumulator.compute(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("wrong", ["none", "all uniform", "all random", "half", "one", "all sure"])
+def test_given_logits_do_not_loosen_the_tolerance(wrong: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 400), nn.Softmax(-1))
+    model.append(nn.Linear(400, 80))  # what is below a softmax has no closed head
+    with torch.no_grad():
+        model[4].weight.mul_(400.0)
+    x = torch.randn(32, 64)
+    clean = SaliencyAccumulator(model, tolerance=0.05)
+    clean.update(x)
+    given = model(x).detach()
+    if wrong == "all random":
+        given = 4 * torch.randn_like(given)
+    elif wrong == "all sure":  # so sure that no row is left to see it by
+        given = torch.zeros_like(given).index_fill_(1, torch.tensor([0]), 1e4)
+    elif wrong != "none":
+        given[: {"all uniform": 32, "half": 16, "one": 1}[wrong]] = 0.0
+    accumulator = SaliencyAccumulator(model, tolerance=0.05)
+    accumulator.update(x, given)
+    accumulator.update(x, given)  # nor is it believed again
+    assert 0 < clean.dropped_energy <= 0.05
+    assert accumulator.dropped_energy == pytest.approx(clean.dropped_energy, rel=1e-4)
+    assert accumulator.samples == 2 * clean.samples
+    expected = {name: 2 * score for name, score in clean.compute().items()}
+    assert reference.largest_error(accumulator.compute(), expected) < 1e-4
