@@ -17,12 +17,7 @@ from torch import Tensor
 from lightning_prune.callbacks import preflight
 from lightning_prune.callbacks.scoring import ScoringOptions
 from lightning_prune.callbacks.shards import validation_loaders
-from lightning_prune.passes.batches import (
-    batch_size,
-    default_forward,
-    read_labels,
-    take_samples,
-)
+from lightning_prune.passes.batches import default_forward, few_samples, read_labels
 from lightning_prune.passes.isolation import evaluating, unlogged
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit import Refit
@@ -93,7 +88,7 @@ class FirstLook:
             tells = labels is not None and labels.ndim > 1 and likelihood == "categorical"
             if tells or not (self._scored or self._priced):
                 with torch.no_grad(), evaluating(module), isolate_rng():
-                    logits = forward(module, samples := _first(batch))
+                    logits = forward(module, samples := few_samples(batch))
                 if likelihood == "categorical" and self._refit != "layers":
                     check_classes(logits)
                 if tells:
@@ -104,7 +99,7 @@ class FirstLook:
         parameters = {n: p for n, p in module.named_parameters() if n in self._units}
         self._units = []  # once is enough
         try:
-            samples = _first(batch)
+            samples = few_samples(batch)
             with evaluating(module), isolate_rng():
                 found = output_parameters(module, parameters, lambda: forward(module, samples))
         except Exception:  # noqa: BLE001  (where batches are needed, others say what is wrong)
@@ -126,10 +121,6 @@ class FirstLook:
                 "return the output that uses them from `forward`."
             )
         self._unreached = None
-
-
-def _first(batch: Any) -> Any:
-    return take_samples(batch, torch.arange(min(2, batch_size(batch))))
 
 
 def peek_loader(trainer: Trainer, number: int) -> Any:
