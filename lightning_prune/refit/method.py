@@ -22,8 +22,8 @@ ENOUGH = 2000
 """Real samples from which on ``"auto"`` fits the outputs. With fewer the survivors learn what the
 network says about these samples by heart, and its pre-activations say more about each. Pruned to
 95 % in 8 stages a 784-40-20-10 had, by ``"layers"`` and by ``"outputs"``, 85.6 and 75.8 % right by
-50 digits, 91.1 and 84.5 by 200, 92.4 and 92.0 by 1,000; by 3,240, in 26 stages to 98 %, 85.0 and
-90.3 (docs/refit.md, docs/quality.md)."""
+50 digits, 91.1 and 84.5 by 200, 92.4 and 92.0 by 1,000; by 3,240, in 26 stages to 98 %, 86.9 and
+91.3 (docs/refit.md, docs/quality.md)."""
 
 
 def refit_method(refit: Any) -> Refit | None:
