@@ -287,11 +287,15 @@ def test_the_dense_network_trained_on_is_no_arm_and_is_compared_with(tmp_path):
 def test_what_the_present_run_lacks_is_shown_of_the_first_one(tmp_path):
     first = [{k: v for k, v in row("taylor", s, 80.0).items() if k != "start"} for s in range(2)]
     path_down = [{**r, "family": "no-retraining", "accuracy": 70.0} for r in first]
-    rows = [row("taylor", s, 90.0, lr=1e-3) for s in range(2)]
+    planned = [unit.arm for unit in quality.units([NETWORK], 1, ["fine-tuned"], ["*"])]
+    shown = [arm for arm in planned if arm != "no-pruning"][: len(planned) // 2]
+    rows = [row(arm, s, 90.0, lr=1e-3) for s in range(2) for arm in shown]
+    rows += [row("taylor", 0, 95.0, family="no-retraining")]  # too little to be shown instead
     page = tmp_path / "quality.md"
     quality_report.write(rows, page, [*first, *path_down])
     tables = page.read_text().split(f"## {NETWORK}\n")[1]
     assert "80.0" not in tables
+    assert "95.0 <sub>" not in tables
     path_table, tuned = tables.split("12 epochs of training\n", maxsplit=1)
     assert "**Of the first run**" in path_table
     assert "**70.0 ± 0.0**" in path_table
