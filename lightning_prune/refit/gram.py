@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_prune.refit.columns import Linear, as_rows, chunks
 from lightning_prune.refit.layers import Layer
@@ -59,8 +58,7 @@ class Moments:
             inputs: What it was called with.
             targets: What it should have returned, shaped like its output.
         """
-        for a, z in chunks(module, inputs, targets):
-            columns = F.pad(a, (0, 1), value=1.0) if self.bias else a
+        for columns, z in chunks(module, inputs, targets, bias=self.bias):
             for block, rest in _upper_blocks(self.gram):
                 self.gram[:, block, rest].baddbmm_(columns[..., block].mT, columns[..., rest])
             self.positions += columns.shape[1]

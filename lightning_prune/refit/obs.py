@@ -69,7 +69,7 @@ def obs_prices(
         batches: Samples, in the form that ``forward`` reads. Labels are not used.
         forward: ``forward(model, batch) -> logits``.
         likelihood: How the logits are read: ``"categorical"`` (softmax over axis 1; of more than 64
-            classes the 64 likeliest of a batch), ``"bernoulli"``, ``"gaussian"``.
+            classes the 64 likeliest), ``"bernoulli"``, ``"gaussian"``.
         temperature: Softens the probabilities, > 0. At 1 a confident network's probabilities hardly
             move for any small change, and the samples that it wavers on price all weights. Of 50
             digits these are too few: pruned to 90 % a network had 69 % right at 1, and 91 % at 4;
@@ -90,7 +90,8 @@ def obs_prices(
             are no batches.
         NonFiniteScoresError: Logits, inputs or prices are not finite.
 
-    Cost: one forward pass and one backward pass a class, another forward pass for every 256 MiB of
+    Cost: one forward pass and one backward pass a class, or where passes are dear one for each of
+    the few directions in which the probabilities move; another forward pass for every 256 MiB of
     Gram matrices (K^2 numbers of 8 bytes each), and K^3 of work for each different set of survivors
     of rows of length K.
 

@@ -1,7 +1,8 @@
 """How far the predictions move when one output of a layer moves: sum over (dP_y / dz_r)^2.
 
 Enters: layers and batches. Leaves: one number for each output row of each layer. One forward pass
-with the layers' outputs kept, then one backward pass for each class.
+with the layers' outputs kept, then one backward pass for each class, or where a pass is dear for
+each of the few directions that matter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lightning_prune.passes.isolation import derived_seed, own_randomness
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit.borrowing import device_of
 from lightning_prune.refit.calibration import Likelihood
+from lightning_prune.refit.class_directions import WORK, leading_directions
 from lightning_prune.refit.layers import Layer, watching
 
 MOST_CLASSES = 64
@@ -39,8 +41,9 @@ def output_saliency(
     """Return the output saliency of each row of each layer.
 
     The sum over samples, positions and classes of (dP_y / dz)^2, divided by the number of positions
-    of a sample: with one position it is the exact sum over samples and classes. Has to be called
-    with gradients on and the model in eval mode.
+    of a sample: with one position it is the sum over samples and classes, exact or, where backward
+    passes are dear, to about :data:`~lightning_prune.refit.class_directions.TOLERANCE`. Has to be
+    called with gradients on and the model in eval mode.
 
     Args:
         model: The model.
@@ -63,9 +66,9 @@ def output_saliency(
     samples = 0
     for index, batch in enumerate(batches):
         samples += batch_size(batch)
-        logits, edges = _forward(model, layers, partial(forward, model, batch), index)
+        logits, edges, work = _forward(model, layers, partial(forward, model, batch), index)
         owners = [layer for layer, _ in edges]
-        directions = list(_directions(logits, likelihood, temperature, index))
+        directions = list(_directions(logits, work, likelihood, temperature, index))
         for i, direction in enumerate(directions):
             found = torch.autograd.grad(
                 direction,
@@ -90,10 +93,16 @@ def output_saliency(
 
 def _forward(
     model: nn.Module, layers: Sequence[Layer], run: Any, index: int
-) -> tuple[Tensor, list[tuple[Layer, GradientEdge]]]:
-    """Return the logits, and for each call of a layer where its output's gradient arrives."""
+) -> tuple[Tensor, list[tuple[Layer, GradientEdge]], int]:
+    """Run the model.
+
+    Returns:
+        The logits; for each call of a layer where its output's gradient arrives; the
+        multiply-accumulates of the batch that a backward pass to there has to make.
+    """
     owners: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
     edges: list[tuple[Layer, GradientEdge]] = []
+    work: list[int] = []
 
     def see(module: nn.Module, _: Tensor, outputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # by the model itself
@@ -104,6 +113,7 @@ def _forward(
             outputs + torch.zeros((), dtype=outputs.dtype, device=outputs.device).requires_grad_()
         )
         edges.append((owners[module], get_gradient_edge(outputs)))
+        work.append(outputs.numel() * owners[module].weight[0].numel())
         return outputs
 
     with own_randomness(device_of(model), "refit", index), watching(owners, see):
@@ -113,7 +123,7 @@ def _forward(
             "Expected finite logits to price weights by, but the model returned NaN or infinity "
             f"for batch {index}. Nothing was pruned by them; check its inputs and weights."
         )
-    return logits, edges
+    return logits, edges, sum(work[1:])
 
 
 def _squares_by_row(layer: Layer, gradient: Tensor) -> tuple[Tensor, int]:
@@ -136,7 +146,7 @@ def _squares_by_row(layer: Layer, gradient: Tensor) -> tuple[Tensor, int]:
 
 
 def _directions(
-    logits: Tensor, likelihood: Likelihood, temperature: float, index: int
+    logits: Tensor, work: int, likelihood: Likelihood, temperature: float, index: int
 ) -> Iterator[Tensor]:
     """Yield scalars whose squared gradients, sample by sample, add up to the sum over classes.
 
@@ -149,9 +159,13 @@ def _directions(
     generator = torch.Generator().manual_seed(derived_seed("output saliency", index))
     if likelihood == "categorical":
         check_classes(z)
+        classes = min(MOST_CLASSES, z.shape[1])
+        if z.ndim == 2 and z.dtype == torch.float64 and work > WORK * len(z) * classes**2:
+            yield from ((z * found).sum() for found in leading_directions(z, classes))
+            return
         p = z.softmax(1)
-        classes = p.detach().transpose(0, 1).flatten(1).sum(1).topk(min(MOST_CLASSES, p.shape[1]))
-        for y in classes.indices.tolist():
+        likeliest = p.detach().transpose(0, 1).flatten(1).sum(1).topk(classes)
+        for y in likeliest.indices.tolist():
             part = p[:, y]
             yield (part if part.ndim == 1 else part * _signs(part.shape, generator, part)).sum()
         return

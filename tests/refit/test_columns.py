@@ -52,6 +52,9 @@ def test_columns_times_rows_is_the_output(
     rows = as_rows(module, module.weight.detach())
     bias = as_rows(module, module.bias.detach()).mT
     torch.testing.assert_close(a @ rows.mT + bias, target, rtol=1e-12, atol=1e-12)
+    with_ones = torch.cat([a for a, _ in chunks(module, x, bias=True)], 1)
+    assert torch.equal(with_ones[..., :-1], a)
+    assert bool((with_ones[..., -1] == 1).all())
     # every output is in its place: group by group, in the order of the weight's rows
     expected = z.reshape(-1, z.shape[-1]) if isinstance(module, nn.Linear) else None
     if expected is not None:
