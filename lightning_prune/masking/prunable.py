@@ -117,7 +117,8 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{leaf}" if prefix else leaf: module
         for prefix, module in model.named_modules()
-        for leaf in module._parameters
+        # Asked for, as the parameters of a ScriptModule are no dictionary.
+        for leaf, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     }
 
 

@@ -581,3 +581,16 @@ def test_a_weight_that_no_output_reaches_is_told_before_the_first_step() -> None
     assert steps
     fit(pruner := SaliencyPruningCallback({0: 0.5}, exclude=["twin.*"]), model=Twin())
     assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_scripted_part_is_pruned_and_stays_so() -> None:
+    # Symptom: a bare TypeError before the fit, also with the part excluded.
+    model = make_model()
+    model.net[0] = torch.jit.script(model.net[0])
+    pruner = SaliencyPruningCallback({0: 0.7})
+    fit(pruner, model=model, max_epochs=2)
+    assert list(pruner.masks) == WEIGHTS
+    assert pruner.sparsity == pytest.approx(0.7, abs=1e-3)
+    for name, mask in pruner.masks.items():
+        assert 0 < int((~mask).sum()) == int((model.get_parameter(name) == 0).sum())

@@ -206,3 +206,16 @@ def test_vectors_in_the_shape_of_a_kernel_are_vectors() -> None:
     assert "vector in the shape (1, 4, 1, 1)" in prunable.left_out["gamma"]
     assert {"class_token", "temperature"} < set(prunable.left_out)
     assert list(find_prunable(model, ["gamma"]).parameters) == ["gamma"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_the_weights_of_a_scripted_part_are_those_of_its_layers() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 2))
+
+    scripted = model()
+    scripted[0] = torch.jit.script(scripted[0])
+    expected, found = find_prunable(model()), find_prunable(scripted)
+    assert list(found.parameters) == list(expected.parameters) == ["0.0.weight", "1.weight"]
+    assert found.left_out.keys() == expected.left_out.keys()
+    assert found.left_out["0.0.bias"] == "a bias"

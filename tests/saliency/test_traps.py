@@ -381,3 +381,15 @@ def test_given_logits_do_not_loosen_the_tolerance(wrong: str) -> None:
     assert accumulator.samples == 2 * clean.samples
     expected = {name: 2 * score for name, score in clean.compute().items()}
     assert reference.largest_error(accumulator.compute(), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_scripted_part_is_scored_like_the_module_it_was_made_from() -> None:
+    conv = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
+    model, x = nn.Sequential(conv, nn.Linear(12, 4)).double(), torch.randn(7, 1, 4, 4).double()
+    expected = reference.squared_gradients(model, x)
+    scripted = nn.Sequential(torch.jit.script(conv), model[1])
+    found = squared_gradients(scripted, [x])
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=0)
