@@ -288,7 +288,7 @@ def _says_something(unit: Unit) -> bool:
         return subject.batch_norm  # without one it is the recipe, bit for bit
     if "shifts" in unit.arm:  # copies like those that the dense network was trained on
         return subject.shifts
-    return subject.batch_norm or unit.arm != "recipe-no-batch-norm"
+    return subject.batch_norm or unit.arm not in ("recipe-no-batch-norm", *arms.RECIPE_BY)
 
 
 def main() -> None:

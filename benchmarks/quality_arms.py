@@ -49,6 +49,9 @@ CRITERIA_NAMES = (
     "w2-empirical-fisher", "saliency", "random", "obc",
 )  # fmt: skip
 
+RECIPE_BY = {"recipe-obs": "obs", "recipe-taylor": "taylor", "recipe-fisher": "w2-fisher"}
+"""The recipe by another ranking -> the plain loop that it is bit for bit without batch norm."""
+
 
 @dataclass(frozen=True)
 class Arm:

@@ -203,10 +203,15 @@ def parts_of_the_recipe(tables: dict[str, Table]) -> str:
     """
     lines = []
     for network, table in tables.items():
-        for arm in sorted((a for a in table.accuracies if a.startswith("recipe-")), key=order):
-            found = [table.against(arm, share, "recipe") for share in arms.TARGETS]
+        measured = {arm: arm for arm in table.accuracies if arm.startswith("recipe-")}
+        if not SUBJECTS[network].batch_norm:
+            same = {a: plain for a, plain in arms.RECIPE_BY.items() if plain in table.accuracies}
+            measured = same | measured
+        for arm in sorted(measured, key=order):
+            by = measured[arm]
+            found = [table.against(by, share, "recipe") for share in arms.TARGETS]
             cells = [cell(e, sign=True) + mark(e) for e in found]
-            rates = [f"{table.rates[a]:g}" if a in table.rates else "" for a in (arm, "recipe")]
+            rates = [f"{table.rates[a]:g}" if a in table.rates else "" for a in (by, "recipe")]
             lines.append([f"{titled(network, table)}: {label(arm)}", *cells, " / ".join(rates)])
     return markdown(["", *map(percent, arms.TARGETS), "rate / recipe's"], lines)
 

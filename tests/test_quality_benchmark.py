@@ -239,6 +239,18 @@ def test_the_recipe_has_its_parts_and_its_betters_listed(tmp_path):
     assert "the outcome of 3 comparisons" in losses
 
 
+def test_the_recipe_by_another_ranking_is_the_plain_loop_where_there_is_no_batch_norm(tmp_path):
+    for network, expected in (("784-128-10", True), (NETWORK, False)):
+        rows = [row("recipe", s, 90.0 + s, lr=1e-3) for s in range(3)]
+        rows += [row("obs", s, 88.0 + s, lr=1e-3) for s in range(3)]
+        page = tmp_path / "quality.md"
+        quality_report.write([{**one, "network": network} for one in rows], page)
+        line = f"| {network}: recipe by OBS |  | -2.0 ± 0.0 ▽ |"
+        assert (line in page.read_text()) == expected
+        work = {unit.arm for unit in quality.units([network], 1, ["fine-tuned"], ["*"])}
+        assert ("recipe-obs" not in work) == expected
+
+
 def test_losses_without_retraining_and_of_whole_units_are_listed(tmp_path):
     rows = [row("recipe", s, 90.0 + s, lr=1e-3) for s in range(3)]
     rows += [row("obs+outputs", s, 93.0 + s, family="no-retraining") for s in range(3)]
