@@ -50,6 +50,7 @@ from benchmarks.quality_statistics import NO_PRUNING
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "quality.jsonl"
+SEEDS = 5
 TUNING_SEEDS = (1000, 1001)  # two: 400 digits tell rates apart to a point and a half
 TUNED_AT = (0.95, 0.98)  # but for the structured arms, which are tuned at both of their shares
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)  # of six arms on two networks all lost at 6e-2
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=default, choices=names, metavar="NAME")
     parser.add_argument("--families", nargs="+", default=list(orders), choices=orders)
     parser.add_argument("--arms", nargs="+", default=["*"], help="names or patterns")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0")
     parser.add_argument(
         "--sparsities", nargs="+", type=float, help="instead of those of each family"
     )

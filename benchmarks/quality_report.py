@@ -3,7 +3,7 @@
     python benchmarks/quality_report.py
 
 Nothing on the page comes from anywhere else. Run it at any time: it shows what there is. Where a
-network has less than a third of a family's arms yet, the rows of the first run stand in
+network has less than a third of a family's arms and seeds yet, the rows of the first run stand in
 (quality-first.jsonl), and the page says so.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import quality_arms as arms
 from benchmarks import quality_structured as units_removed
-from benchmarks.quality import ROWS, read_rows, units
+from benchmarks.quality import ROWS, SEEDS, read_rows, units
 from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
 from benchmarks.quality_statistics import NO_PRUNING, Estimate, Row, Table, difference, estimate
@@ -263,6 +263,11 @@ def units_lost(tables: dict[str, Table]) -> str:
     return markdown(["", *map(percent, units_removed.SHARES)], lines)
 
 
+def place(row: Row) -> tuple[str, str]:
+    """Return the network and the family of a row."""
+    return row["network"], row["family"]
+
+
 def write(rows: Iterable[Row], page: Path, first: Iterable[Row] = ()) -> None:
     """Write the page and, beside it, its pictures.
 
@@ -274,9 +279,10 @@ def write(rows: Iterable[Row], page: Path, first: Iterable[Row] = ()) -> None:
     rows, first = list(rows), list(first)
     tables = {n: {f: Table.of(rows, f, n) for f in TITLES} for n in SUBJECTS}
     for network, family in itertools.product(SUBJECTS, TITLES):
-        planned = {unit.arm for unit in units([network], 1, [family], ["*"])}
+        planned = sum(1 for _ in units([network], SEEDS, [family], ["*"]))
+        present = {(row["arm"], row["seed"]) for row in rows if place(row) == (network, family)}
         stand_in = Table.of(first, family, network)
-        if stand_in.accuracies and 3 * len(tables[network][family].accuracies) < len(planned):
+        if stand_in.accuracies and 3 * len(present) < planned:
             tables[network][family] = stand_in
     measured = [n for n in SUBJECTS if any(t.accuracies for t in tables[n].values())]
     by_family = {f: {n: tables[n][f] for n in measured if tables[n][f].accuracies} for f in TITLES}
