@@ -287,7 +287,8 @@ class Pruner:
         if self.rewind is not None and not last:
             self._go_back(self.rewind, trainer, module)
         masks = chosen.selected.masks
-        self.refitter.refit(trainer, module, self.parameters, masks)
+        of_others = [other.keeper.masks for other in self._others(trainer)]
+        self.refitter.refit(trainer, module, self.parameters, masks, of_others)
         self.keeper.update(masks)
         mask_averages(trainer, masks)
         self.scores = {name: score.cpu() for name, score in chosen.scores.items()}
@@ -305,13 +306,17 @@ class Pruner:
 
     def _go_back(self, rewind: Rewind, trainer: Trainer, module: LightningModule) -> None:
         """Rewind; what other pruners rank is what was trained, what they removed stays removed."""
-        others = [other for other in _pruners(trainer) if other is not self]
+        others = self._others(trainer)
         for other in others:
             if (event := other._event_now(trainer)) is not None:
                 other._choose(trainer, module, event)
         rewind.restore(trainer, module, self.state.snapshot)
         for other in others:
             other.keeper.enforce()
+
+    def _others(self, trainer: Trainer) -> list[Pruner]:
+        found = (getattr(callback, "_pruner", None) for callback in callbacks_of(trainer))
+        return [pruner for pruner in found if isinstance(pruner, Pruner) and pruner is not self]
 
     def _done(self, count: int) -> None:
         """Note that all targets up to ``count`` are dealt with; scores are kept for later ones."""
@@ -342,8 +347,3 @@ class Pruner:
         self.scores = {}
         self.scorer.unpack(packed["scoring"])
         self._restored = True
-
-
-def _pruners(trainer: Trainer) -> list[Pruner]:
-    found = (getattr(callback, "_pruner", None) for callback in callbacks_of(trainer))
-    return [pruner for pruner in found if isinstance(pruner, Pruner)]

@@ -5,7 +5,7 @@ Enters: a Trainer at a pruning event. Leaves: corrected weights, or second-order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +92,17 @@ class Refitter:
         module: LightningModule,
         parameters: Mapping[str, nn.Parameter],
         masks: Masks,
+        others: Iterable[Masks] = (),
     ) -> None:
-        """Zero the removed weights and correct the others; on an error all are as before."""
+        """Zero the removed weights and correct the others; on an error all are as before.
+
+        Args:
+            trainer: At a pruning event.
+            module: The model.
+            parameters: Name -> what is pruned.
+            masks: Name -> what the event keeps of it.
+            others: What other pruners keep, which a refit must not bring back.
+        """
         if self.method is None or _all_zero(parameters, masks):
             return  # nothing is lost that others could make up for
         options = self.scorer.options
@@ -112,7 +121,7 @@ class Refitter:
                     generated,
                 )
                 if trainer.is_global_zero:
-                    held = {**_masked_biases_of_others(trainer, masks), **masks}
+                    held = {**_masked_biases(others, masks), **masks}
                     report = refit_survivors(module, held, calibration, self.method)
             _share(trainer, dict(module.named_parameters()))
         except BaseException:
@@ -145,15 +154,13 @@ def _all_zero(parameters: Mapping[str, Tensor], masks: Masks) -> bool:
     )
 
 
-def _masked_biases_of_others(trainer: Trainer, masks: Masks) -> Masks:
+def _masked_biases(others: Iterable[Masks], masks: Masks) -> Masks:
     """Return what other pruners removed of the biases that a refit corrects along with weights."""
-    from lightning_prune.callbacks.saliency_pruning import pruners_of  # noqa: PLC0415  (a circle)
-
     modules = {name.rpartition(".")[0] for name in masks}
     return {
         name: mask
-        for pruner in pruners_of(trainer)
-        for name, mask in pruner.masks.items()
+        for other in others
+        for name, mask in other.items()
         if name not in masks
         and "bias" in name.rpartition(".")[2]
         and name.rpartition(".")[0] in modules
