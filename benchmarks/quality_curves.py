@@ -59,8 +59,7 @@ def draw(tables: dict[str, Table], network: str, file: Path) -> None:
     )
     for axes, family in zip(panels[0], families, strict=True):
         _panel(axes, tables[family], family)
-        run = ", first run" if tables[family].of_first_run else ""
-        axes.set_title(f"{network}: {TITLES[family].lower()}{run}")
+        axes.set_title(f"{network}: {TITLES[family].lower()}")
     panels[0][0].set_ylabel("accuracy on the test digits, %")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)

@@ -2,15 +2,12 @@
 
     python benchmarks/quality_report.py
 
-Nothing on the page comes from anywhere else. Run it at any time: it shows what there is. Where a
-network has less than a third of a family's arms and seeds yet, the rows of the first run stand in
-(quality-first.jsonl), and the page says so.
+Nothing on the page comes from anywhere else. Run it at any time: it shows what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import quality_arms as arms
 from benchmarks import quality_structured as units_removed
-from benchmarks.quality import ROWS, SEEDS, read_rows, units
+from benchmarks.quality import ROWS, read_rows, units
 from benchmarks.quality_curves import SHOWN, TITLES, draw
 from benchmarks.quality_networks import SUBJECTS
 from benchmarks.quality_statistics import NO_PRUNING, Estimate, Row, Table, difference, estimate
@@ -28,8 +25,6 @@ from benchmarks.quality_wording import cell, label, mark, markdown, name_of, ord
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path(__file__).parent / "quality_page.md"
-FIRST = ROWS.with_name("quality-first.jsonl")
-"""The first run: see the page."""
 REFERENCES = {
     "no-retraining": ("dense", "magnitude-global", "taylor"),
     "fine-tuned": ("dense", NO_PRUNING, "ModelPruning", "ModelPruning-same", "taylor"),
@@ -131,15 +126,14 @@ def sizes(table: Table, network: str) -> str:
 
 
 def dense_line(table: Table) -> str:
-    """Return a line on the dense networks, and on a table that is of the first run."""
+    """Return a line on the dense networks."""
     dense = table.dense_values()
     text = f"Dense: {cell(estimate(dense.values()))}, {len({seed for seed, _ in dense})} seeds"
     if table.trained_on:
         rate = table.rates[NO_PRUNING]
         on = cell(estimate(table.trained_on.values()))
         text += f"; after 12 more epochs with nothing removed {on} (rate {rate:g})"
-    first = " **Of the first run**, see above." if table.of_first_run else ""
-    return f"{text}.{first}\n"
+    return f"{text}.\n"
 
 
 def section(tables: dict[str, Table], network: str, images: Path) -> str:
@@ -166,11 +160,6 @@ def section(tables: dict[str, Table], network: str, images: Path) -> str:
     return "\n".join(part for part in text if part)
 
 
-def titled(network: str, table: Table) -> str:
-    """Return a network's name, and whether what is said of it is of the first run."""
-    return f"{network} (first run)" if table.of_first_run else network
-
-
 def targets(table_of: Callable[[str, str], Table]) -> str:
     """Return what was to be reached beside what was."""
     lines = []
@@ -186,8 +175,7 @@ def targets(table_of: Callable[[str, str], Table]) -> str:
         if found:
             sure = found.above_zero if str(other).startswith("ModelPruning") else True
             verdict = "reached" if found.mean >= goal and sure else "**not reached**"
-        place = titled(network, table)
-        named = [f"{place}, {label(arm)}, {TITLES[family].lower()}: {what}", percent(share)]
+        named = [f"{network}, {label(arm)}, {TITLES[family].lower()}: {what}", percent(share)]
         shown = f"{goal:+g}" if other else f"{goal:g}"
         lines.append([*named, shown, cell(found, sign=bool(other)), verdict])
     return "## What was to be reached\n\n" + markdown(
@@ -212,7 +200,7 @@ def parts_of_the_recipe(tables: dict[str, Table]) -> str:
             found = [table.against(by, share, "recipe") for share in arms.TARGETS]
             cells = [cell(e, sign=True) + mark(e) for e in found]
             rates = [f"{table.rates[a]:g}" if a in table.rates else "" for a in (by, "recipe")]
-            lines.append([f"{titled(network, table)}: {label(arm)}", *cells, " / ".join(rates)])
+            lines.append([f"{network}: {label(arm)}", *cells, " / ".join(rates)])
     return markdown(["", *map(percent, arms.TARGETS), "rate / recipe's"], lines)
 
 
@@ -228,7 +216,7 @@ def above_the_recipe(tables: dict[str, dict[str, Table]]) -> tuple[str, int]:
     lines, count = [], 0
     for network, families in tables.items():
         recipe = families["fine-tuned"].accuracies.get("recipe", {})
-        line = [titled(network, families["fine-tuned"])]
+        line = [network]
         for share in arms.TARGETS:
             found: dict[str, Estimate] = {}
             for family in ("fine-tuned", "no-retraining"):
@@ -254,7 +242,7 @@ def units_lost(tables: dict[str, Table]) -> str:
     lines = []
     for network, table in tables.items():
         for arm in (a for a in units_removed.CRITERIA if a in table.accuracies):
-            line = [f"{titled(network, table)}: {label(arm)}"]
+            line = [f"{network}: {label(arm)}"]
             for share in units_removed.SHARES:
                 found = [table.against(arm, share, other) for other in units_removed.IMPORTANCES]
                 worst = min((e for e in found if e), key=lambda e: e.mean, default=None)
@@ -263,27 +251,15 @@ def units_lost(tables: dict[str, Table]) -> str:
     return markdown(["", *map(percent, units_removed.SHARES)], lines)
 
 
-def place(row: Row) -> tuple[str, str]:
-    """Return the network and the family of a row."""
-    return row["network"], row["family"]
-
-
-def write(rows: Iterable[Row], page: Path, first: Iterable[Row] = ()) -> None:
+def write(rows: Iterable[Row], page: Path) -> None:
     """Write the page and, beside it, its pictures.
 
     Args:
         rows: What was measured.
         page: The file.
-        first: Rows of the first run, for what has no others.
     """
-    rows, first = list(rows), list(first)
+    rows = list(rows)
     tables = {n: {f: Table.of(rows, f, n) for f in TITLES} for n in SUBJECTS}
-    for network, family in itertools.product(SUBJECTS, TITLES):
-        planned = sum(1 for _ in units([network], SEEDS, [family], ["*"]))
-        present = {(row["arm"], row["seed"]) for row in rows if place(row) == (network, family)}
-        stand_in = Table.of(first, family, network)
-        if stand_in.accuracies and 3 * len(present) < planned:
-            tables[network][family] = stand_in
     measured = [n for n in SUBJECTS if any(t.accuracies for t in tables[n].values())]
     by_family = {f: {n: tables[n][f] for n in measured if tables[n][f].accuracies} for f in TITLES}
     tuned = by_family["fine-tuned"]
@@ -309,7 +285,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     options = parser.parse_args()
     rows = read_rows(options.rows).values()
-    write(rows, options.page, read_rows(FIRST).values())
+    write(rows, options.page)
     print(f"{options.page}: {len(rows)} rows")
 
 

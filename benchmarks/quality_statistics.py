@@ -125,11 +125,6 @@ class Table:
         cells = (cell for by_share in self.dense.values() for cell in by_share.values())
         return {start: value for cell in cells for start, value in cell.items()}
 
-    @property
-    def of_first_run(self) -> bool:
-        """Whether its rows know no dense network: those of the first run."""
-        return any(not start for _, start in self.dense_values())
-
     def against(self, arm: str, share: float, other: str) -> Estimate | None:
         """Return the paired difference of an arm to another one.
 

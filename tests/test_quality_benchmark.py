@@ -296,26 +296,6 @@ def test_the_dense_network_trained_on_is_no_arm_and_is_compared_with(tmp_path):
     assert "| recipe | -6.0 ± 0.0 ▽ |" in differences.split("</details>")[0]
 
 
-def test_what_the_present_run_lacks_is_shown_of_the_first_one(tmp_path):
-    first = [{k: v for k, v in row("taylor", s, 80.0).items() if k != "start"} for s in range(2)]
-    path_down = [{**r, "family": "no-retraining", "accuracy": 70.0} for r in first]
-    planned = [unit.arm for unit in quality.units([NETWORK], 1, ["fine-tuned"], ["*"])]
-    shown = [arm for arm in planned if arm != "no-pruning"][: len(planned) // 2]
-    rows = [row(arm, s, 90.0, lr=1e-3) for s in range(quality.SEEDS) for arm in shown]
-    # Too little to be shown instead: of one seed, be it of all arms.
-    paths = quality.units([NETWORK], 1, ["no-retraining"], ["*"])
-    rows += [row(unit.arm, 0, 95.0, family="no-retraining") for unit in paths]
-    page = tmp_path / "quality.md"
-    quality_report.write(rows, page, [*first, *path_down])
-    tables = page.read_text().split(f"## {NETWORK}\n")[1]
-    assert "80.0" not in tables
-    assert "95.0" not in tables
-    path_table, tuned = tables.split("12 epochs of training\n", maxsplit=1)
-    assert "**Of the first run**" in path_table
-    assert "**70.0 ± 0.0**" in path_table
-    assert "first run" not in tuned
-
-
 def test_a_table_compares_with_the_dense_network_of_the_same_seed():
     table = Table.of([row("taylor", s, 94.0 + s) for s in range(3)], "fine-tuned", NETWORK)
     gap = table.against("taylor", 0.9, "dense")
