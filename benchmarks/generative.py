@@ -59,7 +59,8 @@ from benchmarks.generative_arms import (
     fine_tuned,
     fitted_vae,
 )
-from benchmarks.quality import RATES, TUNING_SEEDS, Row, append, best_rate, key, reached, read_rows
+from benchmarks.generative_calibration import SPLIT, check_start
+from benchmarks.quality import TUNING_SEEDS, Row, append, best_rate, key, reached, read_rows
 from lightning_prune.augment.mixing import Distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,6 +69,7 @@ REAL = (100, 200, 500, 1000, 4000)
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 SEEDS = 8
 SCRATCH_ARMS = ("real-equal", "train", "both")
+RATES = (1e-3, 3e-3, 1e-2)
 TUNED_AT = 0.98
 TUNED_WITH = {100: 200, 200: 200, 500: 1000, 1000: 1000, 4000: 1000}
 """Digits -> digits of the runs that choose the rate: the nearer of two. The validation part, which
@@ -127,7 +129,8 @@ def family(regime: str, real: int) -> str:
 
 def measured(net: nn.Module, network: nn.Module, part: str, seconds: tuple[float, float]) -> Row:
     """Return what a row says about a pruned network; the only reader of the test part."""
-    data = subjects.test_part(NETWORK) if part == "test" else subjects.validation_part(NETWORK)
+    part_of = subjects.test_part if part == "test" else subjects.validation_part
+    data = part_of(NETWORK, SPLIT)
     return {
         "accuracy": subjects.accuracy(net, data),
         "loss": subjects.mean_loss(net, data),
@@ -164,6 +167,7 @@ def _measure(draw: Draw, name: str, share: float, path: Path, cache: Path) -> in
         net, network, mix, seconds = trained(draw, ARMS[name], share, lr, cache)
         part = "validation" if draw.tuning else "test"
         row = draw.row(name, share, lr) | measured(net, network, part, seconds)
+        check_start(there.values(), row)
         append(path, row | ({"mix": mix} if ARMS[name].adaptive else {}))
     return len(missing)
 

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import quality_networks as subjects
-from benchmarks.generative_calibration import NOISE, SETTINGS, Copies, moved, trained_vae
+from benchmarks.generative_calibration import (
+    NOISE,
+    SETTINGS,
+    SPLIT,
+    Copies,
+    moved,
+    trained_vae,
+)
 from benchmarks.quality_arms import EPOCHS, EVENTS, event_share, learning_rate
 from lightning_prune._types import Masks
 from lightning_prune.augment.adaptive import START, Losses, MixRule, gap_share, losses_of
@@ -103,9 +110,9 @@ class Few:
     @classmethod
     def of(cls, n: int, seed: int) -> Few:
         """Draw ``n`` digits; the fewer are among the more. 4,000 are all but the test part."""
-        x, y = subjects.train_part(NETWORK)
+        x, y = subjects.train_part(NETWORK, SPLIT)
         if n > len(x):
-            more = subjects.validation_part(NETWORK)
+            more = subjects.validation_part(NETWORK, SPLIT)
             x, y = torch.cat([x, more[0]]), torch.cat([y, more[1]])
         if n > len(x):
             raise ValueError(f"Expected at most {len(x)} digits, but got n = {n}.")
@@ -128,7 +135,7 @@ def endless(data: Data, seed: int) -> Iterator[Data]:
 def dense(regime: str, few: Few, n: int, seed: int, cache: Path) -> nn.Module:
     """Return the dense network: of all 3,600 digits, or from scratch on the few."""
     if regime == "pretrained":
-        return subjects.dense(NETWORK, seed, cache)
+        return subjects.dense(NETWORK, seed, cache, SPLIT)
     torch.manual_seed(seed)
     net = subjects.SUBJECTS[NETWORK].build()
 

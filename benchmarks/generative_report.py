@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Template
 
-from benchmarks.generative import REAL, SEEDS, SPARSITIES, family
+from benchmarks.generative import RATES, REAL, SEEDS, SPARSITIES, family
 from benchmarks.generative_arms import ARMS, DISTILLATION, NETWORK
 from benchmarks.quality import Row
 from benchmarks.quality_report import cell, folded, mark, markdown, percent
@@ -84,7 +84,7 @@ def accuracies(table: Table) -> str:
         found = [table.accuracies[arm].get(share) for share in SPARSITIES]
         shown = [cell(estimate(v.values()), most=SEEDS) if v else "" for v in found]
         rate = f"{table.rates[arm]:g}"
-        lines.append([name, *shown, f"{statistics.fmean(table.seconds[arm]):.1f}", rate])
+        lines.append([name, *shown, f"{statistics.fmean(table.all_seconds(arm)):.1f}", rate])
     return markdown(["accuracy", *map(percent, SPARSITIES), "seconds", "rate"], lines)
 
 
@@ -155,6 +155,7 @@ def write(rows: Iterable[Row], page: Path) -> None:
             sections += [section(table, f"{title}, {n:,} real digits") for n, table in shown]
     parts = {
         "count": f"{sum(row['family'] != 'tuning' for row in rows):,}",
+        "rates": ", ".join(f"{rate:g}" for rate in RATES),
         "distillation": f"{DISTILLATION.weight:g} and {DISTILLATION.temperature:g}",
         "targets": targets(tables),
         "losing": losing(tables),

@@ -140,5 +140,8 @@ class Table:
     def cost(self, arm: str, *, path: bool) -> float:
         """Return the median seconds of one run: of a path those at its last share."""
         cells = self.seconds[arm]
-        values = [cells[max(cells)]] if path else list(cells.values())
-        return statistics.median(value for cell in values for value in cell.values())
+        return statistics.median(cells[max(cells)].values() if path else self.all_seconds(arm))
+
+    def all_seconds(self, arm: str) -> list[float]:
+        """Return the seconds of all runs of an arm."""
+        return [value for cell in self.seconds[arm].values() for value in cell.values()]

@@ -11,7 +11,9 @@ import torch
 
 from benchmarks import generative, generative_arms, generative_report
 from benchmarks import quality_networks as subjects
-from benchmarks.quality import RATES, TUNING_SEEDS, key, read_rows
+from benchmarks.generative import RATES
+from benchmarks.generative_calibration import check_start
+from benchmarks.quality import TUNING_SEEDS, key, read_rows
 from lightning_prune.augment.vae import DenseVAE
 
 FAMILY = "pretrained, 200 real"
@@ -57,7 +59,8 @@ def test_a_draw_is_split_and_the_fewer_are_among_the_more():
     }
     assert len(seen[100]) == 100
     assert seen[100] < seen[200]
-    test = {x.numpy().tobytes() for x in subjects.test_part(generative.NETWORK)[0]}
+    pictures, _ = subjects.test_part(generative.NETWORK, generative.SPLIT)
+    test = {x.numpy().tobytes() for x in pictures}
     every = generative_arms.Few.of(4000, 0)
     assert not test & {x.numpy().tobytes() for x in torch.cat([every.train[0], every.held_out[0]])}
     with pytest.raises(ValueError, match="at most 4000 digits"):
@@ -150,7 +153,7 @@ def test_rows_are_measured_once_and_tuning_reads_no_test_digit(brief, tmp_path, 
     draw = generative.Draw("pretrained", 100, 0, (0.98, 0.9), ("real",))
     assert "RuntimeError" in run(draw)  # not tuned yet
     with monkeypatch.context() as patch:
-        patch.setattr(subjects, "test_part", lambda name: pytest.fail("the test part was read"))
+        patch.setattr(subjects, "test_part", lambda *args: pytest.fail("the test part was read"))
         for seed in TUNING_SEEDS:
             tuning = generative.Draw("pretrained", 200, seed, (0.98,), ("real",), tuning=True)
             assert f"{len(RATES)} new rows" in run(tuning)
@@ -159,6 +162,19 @@ def test_rows_are_measured_once_and_tuning_reads_no_test_digit(brief, tmp_path, 
     assert len({key(r) for r in read_rows(path).values()}) == len(lines) == 2 + 2 * len(RATES)
     assert " 0 new rows" in run(draw)
     assert path.read_text().splitlines() == lines
+
+
+def test_the_rows_there_are_can_be_gone_on_with():
+    for arm, real in itertools.product(generative_arms.ARMS, generative.REAL):
+        assert generative.tuned_rate(arm, real, generative.ROWS) in RATES
+
+
+def test_rows_of_another_dense_network_are_not_gone_on_with():
+    rows = [row("real", 0, 90.0), row("real", 1, 90.0)]
+    check_start(rows, row("train", 0, 90.0))
+    check_start(rows, {**row("train", 2, 90.0), "dense": 92.0})
+    with pytest.raises(RuntimeError, match=r"93.0 % right.* got 92.0.*--out"):
+        check_start(rows, {**row("train", 1, 90.0), "dense": 92.0})
 
 
 def test_the_order_puts_tuning_before_use_and_covers_every_cell():
@@ -205,6 +221,7 @@ def test_the_page_compares_with_the_controls_and_lists_the_losers(tmp_path):
         in text
     )
     assert "| 100 digits, the same, adaptive | 98 % | +2 |  | not measured |" in text
+    assert re.search(r"\| noise.*\| 2.0 \| 0.003 \|", text.replace("distillation, ", ""))
     losers = text.split("## Where it surely loses")[1].split("##")[0]
     assert "| distillation, noise | pretrained | 200 | 98 % | -1.0 ± 0.0 |" in losers
     assert losers.count("\n| ") == 3  # the head, its rule, one cell
