@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,18 @@ def memory() -> list[dict[str, Any]]:
     return rows
 
 
+HEAD = """# What scores cost
+
+Ratios over one plain forward and backward pass of the same data, in the same process, medians.
+"From nothing" proves the closed forms anew in every run; "logits known" is the callback's situation.
+"""
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    lines = [f"Made by `{results['command']}` on {results['machine']}.", ""]
+    lines = [HEAD, *([results["note"], ""] if "note" in results else [])]
     if "ratios" in results:
+        lines += [results["made"]["ratios"], ""]
         columns = list(dict.fromkeys(k for row in results["ratios"] for k in row["ratio"]))
         lines += [
             f"| network | plain pass, ms | {' | '.join(columns)} |",
@@ -313,6 +322,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append("")
     for part in ("growth", "memory"):
         if part in results:
+            lines += [results["made"][part], ""]
             columns = list(results[part][0])
             lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             lines += [
@@ -341,17 +351,23 @@ def main() -> None:
             json.dumps(memory_case(arguments.memory_case, arguments.tolerance, arguments.workspace))
         )
         return
-    results: dict[str, Any] = {
-        "command": "python benchmarks/saliency.py " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {arguments.threads} threads, "
-        f"torch {torch.__version__}, Python {platform.python_version()}",
+    # Other parts stay as they were measured.
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results: dict[str, Any] = {"made": {}, **(known if arguments.only else {})}
+    made = (
+        f"Made by `python benchmarks/saliency.py {' '.join(sys.argv[1:])}` on "
+        f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}."
+    )
+    parts: dict[str, Callable[[], Any]] = {
+        "ratios": partial(ratios, arguments.repeats, arguments.backpack),
+        "growth": partial(growth, arguments.repeats),
+        "memory": memory,
     }
+    for part in [arguments.only] if arguments.only else parts:
+        results[part], results["made"][part] = parts[part](), made
     if arguments.only in (None, "ratios"):
-        results["ratios"] = ratios(arguments.repeats, arguments.backpack)
-    if arguments.only in (None, "growth"):
-        results["growth"] = growth(arguments.repeats)
-    if arguments.only in (None, "memory"):
-        results["memory"] = memory()
+        results.pop("note", None)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(results))
