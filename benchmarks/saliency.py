@@ -296,7 +296,7 @@ def memory() -> list[dict[str, Any]]:
 HEAD = """# What scores cost
 
 Ratios over one plain forward and backward pass of the same data, in the same process, medians.
-"From nothing" proves the closed forms anew in every run; "logits known" is the callback's situation.
+"From nothing" proves the closed forms anew in every run; "logits known" is what the callback does.
 """
 
 
