@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import pickle
 import sys
 
@@ -560,7 +561,12 @@ def test_logged_losses_are_means_over_samples():
 
 
 def test_loggers_without_pictures_are_passed_over(tmp_path):
-    fit([VAEAugmentCallback()], logger=CSVLogger(tmp_path), max_epochs=2)
+    loggers = [CSVLogger(tmp_path, "", "csv"), TensorBoardLogger(tmp_path, "", "events")]
+    fit([VAEAugmentCallback(warmup=1)], logger=loggers, max_epochs=2, log_every_n_steps=1)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        assert sum(bool(row["vae/loss"]) for row in csv.DictReader(file)) == 2
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0})
+    assert len(events.Reload().Images("vae/samples")) == 2  # of the logger behind it
 
 
 def test_two_of_the_kind_work_side_by_side():
@@ -674,7 +680,7 @@ def test_a_second_fit_goes_on_training_the_same_vae():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"fast_dev_run": True},
+        {"fast_dev_run": 2},  # samples join the second
         {"max_steps": 3, "max_epochs": -1},
         {"limit_val_batches": 0},
         {"val_check_interval": 0.5},
@@ -687,22 +693,37 @@ def test_a_second_fit_goes_on_training_the_same_vae():
     ids=str,
 )
 def test_trainers_of_every_kind(arguments):
-    callback, pruner = VAEAugmentCallback(warmup=1), StandInPruner()
-    _, model = fit([_Event(), callback, pruner], **arguments)
+    callback = VAEAugmentCallback(inject=("train",), warmup=1)
+    trainer, state, _ = seeded_fit([_Event(), callback, StandInPruner()], **arguments)
     assert callback.generate(2).shape == (2, 8, 8)
-    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert trainer.callback_metrics["vae/distillation"] > 0
+    _, without, _ = seeded_fit([VAEAugmentCallback(inject=()), StandInPruner()], **arguments)
+    assert not same(state, without)
 
 
-@pytest.mark.parametrize("batch_size", [1, 299])
-def test_small_and_ragged_batches(batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "generated"), [(1, [1] * 9), (299, [1, 30, 1])], ids=["1", "299"]
+)
+def test_small_and_ragged_batches(batch_size, generated):
+    class Noting(Plain):
+        """Notes the sizes of the batches that it is trained on in eval mode: the term's."""
+
+        def forward(self, x):
+            if torch.is_grad_enabled() and not self.net[4].training:
+                sizes.append(len(x))
+            return super().forward(x)
+
+    sizes = []
     callback = VAEAugmentCallback(warmup=1, share=0.1)
     trainer, _ = fit(
         [_Event(), callback],
-        model=Plain(),
+        model=Noting(),
         train=loader(X[:300], Y[:300], batch_size=batch_size),
         limit_train_batches=5,
-        max_epochs=1,
+        max_epochs=2,
     )
+    assert sizes == generated  # in all batches but the first
     assert trainer.callback_metrics["vae/distillation"].isfinite()
 
 

@@ -110,18 +110,39 @@ def test_joined_samples_carry_the_dense_models_labels() -> None:
 
 
 def test_a_conditional_vae_labels_what_it_makes_in_batch_and_scoring() -> None:
-    callback = VAEAugmentCallback(classes=10, train_by="batch", adapt=False, warmup=1, share=1.0)
-    batches = []
+    made = []
+
+    class Noting(DenseVAE):
+        """Keeps its samples beside the classes that the decoder was asked for."""
+
+        def __init__(self) -> None:
+            super().__init__((8, 8), classes=10)
+            self.decoder.register_forward_pre_hook(self._note)
+
+        def _note(self, decoder, args):
+            self.asked = args[0][:, -10:].argmax(1)
+
+        def sample_labelled(self, n, labels=None):
+            samples, labels = super().sample_labelled(n, labels)
+            made.append((samples, self.asked))
+            return samples, labels
+
+    callback = VAEAugmentCallback(Noting(), train_by="batch", adapt=False, warmup=1, share=1.0)
+    scoring = []
 
     class Scoring(L.Callback):
         def on_validation_end(self, trainer, pl_module):
             if not trainer.sanity_checking:
-                batches.extend(callback.scoring_batches(trainer, pl_module, 400))
+                scoring.extend(callback.scoring_batches(trainer, pl_module, 400))
 
     _, model = fit([pruner(), callback, Scoring()])
-    for y in (torch.cat([y for _, y in batches]), torch.cat([y[32:] for _, _, y in model.seen])):
-        counts = torch.bincount(y, minlength=10)
-        assert counts.min() > 0  # an untrained network would predict one or two classes
+    training = [(x[32:], y[32:]) for _, x, y in model.seen if len(x) > 32]
+    assert len(training) == 6
+    assert len(scoring) == 3 * 13  # 400 samples in batches of 32
+    for x, y in training + scoring:
+        (asked,) = (asked for samples, asked in made if torch.equal(samples, x))
+        assert torch.equal(y, asked)
+        assert len(y.unique()) > 4  # an untrained network would predict one or two classes
 
 
 def test_the_vae_learns_from_the_real_part_only() -> None:
