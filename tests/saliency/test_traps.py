@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
 from lightning_prune.saliency.engine import Engine
+from lightning_prune.saliency.rules.generic import add_squared_gradients
 from tests import reference
 from tests.cases import CASES, make
+from tests.device_reads import DeviceReads
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -313,6 +315,19 @@ def test_common_layers_do_not_fall_back_to_the_slow_route(name: str) -> None:
     engine.check(batch)
     (plan,) = engine._plans._plans.values()
     assert plan.generic == slow.get(name, set())
+
+
+def test_the_slow_route_reads_one_number_a_sample() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    totals = {"weight": torch.zeros(3, 4)}
+    rows = torch.randn(7, 5, 3)
+    rows[2:4, 1] = 0.0
+    expected = model(x)
+    with DeviceReads() as reads:
+        add_squared_gradients(model, x, rows, expected, {"weight": model.weight}, totals)
+    assert reads.number == 5  # whether it is alone what it is in its batch
+    exact = torch.einsum("kno,ni->oi", rows.square(), x.square())
+    torch.testing.assert_close(totals["weight"], exact)
 
 
 def test_an_empty_batch_adds_nothing() -> None:
