@@ -29,14 +29,14 @@ class Moments:
         bias: Whether the columns end with one of ones.
         gram: (G, K, K) the sum of a a^T, float64.
         cross: (G, K, D_out / G) the sum of a z^T; empty without targets.
-        squares: The sum of z^2 over all outputs.
+        squared: The sum of z^2 over all outputs, a scalar on the device of the others.
         positions: How many positions were summed over.
     """
 
     bias: bool
     gram: Tensor
     cross: Tensor
-    squares: float = 0.0
+    squared: Tensor
     positions: int = 0
 
     @classmethod
@@ -48,7 +48,13 @@ class Moments:
         zeros = torch.zeros(
             rows.shape[0], size, size + rows.shape[1], dtype=torch.float64, device=device
         )
-        return cls(bias, zeros[..., :size].contiguous(), zeros[..., size:].contiguous())
+        gram, cross = zeros[..., :size].contiguous(), zeros[..., size:].contiguous()
+        return cls(bias, gram, cross, zeros.new_zeros(()))
+
+    @property
+    def squares(self) -> float:
+        """The sum of z^2 over all outputs."""
+        return float(self.squared)
 
     def add(self, module: Linear, inputs: Tensor, targets: Tensor | None = None) -> None:
         """Add one call of the layer.
@@ -64,7 +70,7 @@ class Moments:
             self.positions += columns.shape[1]
             if z is not None:
                 self.cross.baddbmm_(columns.mT, z)
-                self.squares += float(z.square().sum())
+                self.squared += z.square().sum()  # no float: that would wait for the device
         for block, _ in _upper_blocks(self.gram):
             right = slice(block.stop, None)
             self.gram[:, right, block] = self.gram[:, block, right].mT

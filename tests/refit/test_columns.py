@@ -10,6 +10,7 @@ from lightning_prune.refit import columns
 from lightning_prune.refit.columns import as_rows, chunks
 from lightning_prune.refit.gram import BLOCKED_FROM, Moments
 from lightning_prune.refit.layers import Layer
+from tests.device_reads import DeviceReads
 
 LAYERS = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -90,6 +91,17 @@ def test_sums_by_blocks_are_the_whole_product(size: int, groups: int) -> None:
     a = torch.cat([a for a, _ in chunks(module, x)], 1)
     a = torch.cat([a, torch.ones_like(a[..., :1])], 2)
     torch.testing.assert_close(moments.gram, a.mT @ a, rtol=1e-12, atol=1e-12)
+
+
+def test_no_number_is_read_for_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "CHUNK_BYTES", 1)
+    module = nn.Linear(5, 3)
+    moments = Moments.empty(Layer("weight", module, module.weight, module.bias), bias=True)
+    z = torch.randn(20, 3)
+    with DeviceReads() as reads, torch.no_grad():
+        moments.add(module, torch.randn(20, 5), z)
+    assert reads.number == 0
+    assert moments.squares == pytest.approx(float(z.double().square().sum()), rel=1e-12)
 
 
 def test_the_error_is_the_squared_residual() -> None:
