@@ -61,6 +61,27 @@ def derived_seed(*key: int | str) -> int:
 
 
 @contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put the global random state back after a block: torch's on the CPU and that of ``device``.
+
+    Of MPS only the CPU's.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with random_state_kept(torch.device("cpu")):
+        ...     _ = torch.rand(3)
+        >>> bool(torch.equal(before, torch.get_rng_state()))
+        True
+    """
+    if device.type in WITHOUT_OWN_STATE:
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    with torch.random.fork_rng(devices=[_index_of(device)], device_type=device.type):
+        yield
+
+
+@contextmanager
 def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
     """Run a block on random numbers fixed by ``key``; the global random state is put back after it.
 
@@ -78,20 +99,20 @@ def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
         True
     """
     seed = derived_seed(*key)
-    if device.type in WITHOUT_OWN_STATE:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-        return
-    accelerator = torch.get_device_module(device)
-    index: Any = device.index
-    index = accelerator.current_device() if index is None else index
-    with torch.random.fork_rng(devices=[index], device_type=device.type):
-        torch.default_generator.manual_seed(seed)
+    with random_state_kept(device):
         # Not torch.manual_seed: it would reseed every device, and only this one is put back.
-        with accelerator.device(index):
-            accelerator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type not in WITHOUT_OWN_STATE:
+            accelerator = torch.get_device_module(device)
+            with accelerator.device(_index_of(device)):
+                accelerator.manual_seed(seed)
         yield
+
+
+def _index_of(device: torch.device) -> int:
+    """Return the number of an accelerator; without one of its own it is the current one."""
+    index: Any = device.index  # torch's annotation leaves out None
+    return int(torch.get_device_module(device).current_device() if index is None else index)
 
 
 @contextmanager

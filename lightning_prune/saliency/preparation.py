@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.batches import outside_inference_mode
-from lightning_prune.passes.isolation import eager, unlogged
+from lightning_prune.passes.isolation import eager, random_state_kept, unlogged
 from lightning_prune.saliency.target import check_finite
 
 
@@ -37,10 +37,9 @@ def prepared(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
     training = [module for module in modules.values() if module.training]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
     try:
         with (
-            torch.random.fork_rng(devices),
+            random_state_kept(device),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),

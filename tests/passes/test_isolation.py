@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_prune.passes.isolation import derived_seed, evaluating, own_randomness, unlogged
+from lightning_prune.passes.isolation import (
+    derived_seed,
+    evaluating,
+    own_randomness,
+    random_state_kept,
+    unlogged,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,6 +36,29 @@ def test_draws_follow_from_their_key_alone():
     assert torch.equal(draws[0], draws[-1])
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
     assert 0 <= derived_seed("any") < 2**63
+
+
+@pytest.mark.parametrize("index", [None, 3])
+def test_the_state_of_any_accelerator_comes_back(monkeypatch, index):
+    """A stand-in for a device that no test machine has, with a random state that is a number."""
+    states = {2: 20, 3: 30}
+
+    class Accelerator:
+        device = staticmethod(lambda index: nullcontext())
+        current_device = staticmethod(lambda: 2)
+        get_rng_state = staticmethod(states.get)
+        set_rng_state = staticmethod(lambda state, index: states.update({index: state}))
+
+        @staticmethod
+        def manual_seed(seed):
+            states[2 if index is None else index] = seed
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator)
+    device = torch.device("xpu") if index is None else torch.device("xpu", index)
+    for context in (random_state_kept(device), own_randomness(device, 1)):
+        with context:
+            states[2 if index is None else index] += 1
+        assert states == {2: 20, 3: 30}
 
 
 class _Frozen(nn.Dropout):
