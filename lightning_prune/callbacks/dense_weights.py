@@ -108,7 +108,7 @@ class DenseWeights:
             and weights[name].shape == mask.shape
             and not weights[name][~mask.to(weights[name].device)].any()
             for pruner in pruners
-            for name, mask in pruner.masks.items()
+            for name, mask in pruner._pruner.keeper.in_force.items()
         )
 
     def keep(self, target: nn.Module) -> None:

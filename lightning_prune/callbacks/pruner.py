@@ -115,18 +115,18 @@ class Pruner:
             refit=self.refitter.method,
             own_loader=self.scorer.loader is not None,
             taken=taken,
-            held=pruning_state.held(self.keeper.masks, self.state.pending),
+            held=pruning_state.held(self.keeper.in_force, self.state.pending),
         )
-        fit_warnings.warn_of_masks(self.schedule, self.selection, parameters, self.keeper.masks)
+        fit_warnings.warn_of_masks(self.schedule, self.selection, parameters, self.keeper.in_force)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         units = preflight.unnamed_units(self.selection, parameters, names)
         self.scorer.prepare(list(parameters), self.criterion, idle=events == {}, units=units)
         self.parameters = parameters
-        if self.keeper.masks:
-            self.keeper.update(complete_masks(dict(parameters), self.keeper.masks))
+        if self.keeper.in_force:
+            self.keeper.update(complete_masks(dict(parameters), self.keeper.in_force))
         self.keeper.attach(parameters, trainer.optimizers)
-        mask_averages(trainer, self.keeper.masks)
+        mask_averages(trainer, self.keeper.in_force)
 
     def plan(
         self,
@@ -136,8 +136,8 @@ class Pruner:
         counts: int | None = None,
     ) -> PruningPlan:
         """Return what a fit of so many epochs (or rounds) is going to prune."""
-        held = pruning_state.held(self.keeper.masks, self.state.pending)
-        already, _ = count_removed(self.keeper.masks)
+        held = pruning_state.held(self.keeper.in_force, self.state.pending)
+        already, _ = count_removed(self.keeper.in_force)
         unit = self.clock.unit
         return make_plan(module, self.schedule, names, exclude, counts, already, unit, held)
 
@@ -236,7 +236,7 @@ class Pruner:
         if not targets:
             return None
         target = list(targets.values())[-1]
-        removed, total = count_removed(self.keeper.masks)  # none of none before the first event
+        removed, total = count_removed(self.keeper.in_force)  # none of none before the first event
         if isinstance(target, float) and round(target * total) < removed:
             self._done(count)
             self._unreached.already(count, target, removed / total)
@@ -287,7 +287,7 @@ class Pruner:
         if self.rewind is not None and not last:
             self._go_back(self.rewind, trainer, module)
         masks = chosen.selected.masks
-        of_others = [other.keeper.masks for other in self._others(trainer)]
+        of_others = [other.keeper.in_force for other in self._others(trainer)]
         self.refitter.refit(trainer, module, self.parameters, masks, of_others)
         self.keeper.update(masks)
         mask_averages(trainer, masks)
@@ -300,7 +300,7 @@ class Pruner:
 
     def _choose(self, trainer: Trainer, module: LightningModule, event: PendingEvent) -> Chosen:
         if self._chosen is None:
-            masks = self.keeper.masks
+            masks = self.keeper.in_force
             self._chosen = self._chooser(trainer, module, event, self.parameters, masks)
         return self._chosen
 
@@ -329,7 +329,7 @@ class Pruner:
 
     @property
     def _whole_state(self) -> PruningState:
-        return replace(self.state, masks=self.keeper.masks)
+        return replace(self.state, masks=self.keeper.in_force)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (deepcopy, pickle) takes masks and history along, not the model's parameters.

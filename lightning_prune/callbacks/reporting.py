@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune._targets import Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
-from lightning_prune.masking import sparsity
+from lightning_prune.masking import density, sparsity
 
 HISTOGRAM_SAMPLES = 1_000_000
 """A histogram looks at no more scores than this of a parameter, evenly spaced."""
@@ -96,11 +96,8 @@ def metrics(
     """
     if not history:
         masks = {} if masks is None else masks
-        reached = sparsity(masks)
-        densities = {
-            f"{prefix}/density/{name}": float(masks[name].float().mean()) if name in masks else 1.0
-            for name in names
-        }
+        reached, kept = sparsity(masks), density(masks)
+        densities = {f"{prefix}/density/{name}": kept.get(name, 1.0) for name in names}
         return {f"{prefix}/sparsity": reached, f"{prefix}/target": reached, **densities}
     last = history[-1]
     target = last["target"]

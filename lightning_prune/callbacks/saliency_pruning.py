@@ -150,7 +150,7 @@ class SaliencyPruningCallback(Callback):
     @property
     def sparsity(self) -> float:
         """The share of all prunable weights that is removed."""
-        return sparsity(self.masks)
+        return sparsity(self._pruner.keeper.in_force)
 
     @property
     def shrunk(self) -> LightningModule | None:
@@ -341,7 +341,7 @@ class SaliencyPruningCallback(Callback):
 
     def _metrics(self) -> dict[str, float]:
         pruner, history = self._pruner, self._pruner.state.history
-        masks = {} if history else self.masks  # copies, of no use where there are records
+        masks = pruner.keeper.in_force
         return reporting.metrics(history, pruner.parameters, pruner.prefix, masks)
 
 

@@ -70,7 +70,7 @@ def sparsity_in_force(trainer: Trainer) -> float:
     """
     removed = total = 0
     for pruner in pruners_of(trainer):
-        removed += count_removed(pruner.masks)[0]
+        removed += count_removed(pruner._pruner.keeper.in_force)[0]
         total += sum(weight.numel() for weight in pruner._pruner.parameters.values())
     return removed / max(1, total)
 
@@ -90,7 +90,7 @@ def _is_over(callback: SaliencyPruningCallback, target: float | None) -> bool:
         # What was asked for counts as well: whole weights or groups may fall short of it a little.
         history = callback.history
         asked = history[-1]["target"] if history else 0.0
-        removed, total = count_removed(callback.masks)
+        removed, total = count_removed(callback._pruner.keeper.in_force)
         reached = total > 0 and removed >= round(target * total)
         return reached or (isinstance(asked, float) and asked >= target)
     last = callback.schedule.last_epoch

@@ -66,6 +66,11 @@ class MaskKeeper:
         return {name: mask.clone() for name, mask in self._kept.items()}
 
     @property
+    def in_force(self) -> Masks:
+        """The masks in force themselves, for who only reads them; what comes later is not seen."""
+        return dict(self._kept)
+
+    @property
     def attached(self) -> bool:
         """Whether a model's weights are being kept at zero."""
         return bool(self._parameters)

@@ -264,6 +264,21 @@ def test_masks_are_the_keepers_own() -> None:
     mask.fill_(False)
     keeper.masks["w"].fill_(False)
     assert keeper.masks["w"].tolist() == [True, False]
+    held = keeper.in_force
+    assert keeper.in_force["w"] is held["w"]  # no copy
+    keeper.update({"w": torch.tensor([False, False])})
+    held.clear()
+    assert keeper.masks["w"].tolist() == [False, False]
+
+
+def test_masks_that_were_read_stay_what_they_were() -> None:
+    keeper = MaskKeeper({"w": torch.tensor([True, False])})
+    before = keeper.in_force
+    parameters = {"w": nn.Parameter(torch.ones(2))}
+    with keeper.attach(parameters, [torch.optim.SGD(parameters.values(), lr=0.1)]):
+        keeper.update({"w": torch.tensor([False, False])})
+        keeper.enforce()
+    assert before["w"].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))])
