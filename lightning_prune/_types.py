@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ Scores: TypeAlias = dict[str, Tensor]
 
 Masks: TypeAlias = dict[str, Tensor]
 """One bool tensor a parameter, keyed like :data:`Scores`; ``True`` marks a weight that is kept."""
+
+Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
+"""How a model's output is read: logits over classes, logits of independent bits, a regression."""
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``forward(module, batch) -> logits``: how a batch of any form becomes the model's output."""

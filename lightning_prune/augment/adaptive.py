@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.augment.mixing import Likelihood
+from lightning_prune._types import Likelihood
 
 START = 0.25
 """The factor before there is a comparison. On 784-128-10 at 98 % with 3,600 digits a whole epoch at

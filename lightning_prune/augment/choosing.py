@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_prune.augment.mixing import Likelihood
+from lightning_prune._types import Likelihood
 
 Spread: TypeAlias = Literal["classes", "distance"]
 """How starved inputs are kept from being all alike: predicted classes take turns, or each next one

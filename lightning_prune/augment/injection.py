@@ -15,11 +15,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Likelihood
 from lightning_prune.augment.mixing import (
     BatchForm,
     Distillation,
-    Likelihood,
     distillation_loss,
     predicted_labels,
 )

@@ -6,17 +6,15 @@ Enters: generated inputs, a batch of the user's as a pattern, logits. Leaves: ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_prune._types import Likelihood
 from lightning_prune.passes.batches import change_parts
 from lightning_prune.passes.outputs import check_classes
-
-Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
-"""How a model's output is read, as for the scores: classes, independent bits, or a regression."""
 
 Part: TypeAlias = Tensor | list[Any] | tuple[Any, ...]
 """Of a batch: a tensor, or a sequence with an entry a sample."""

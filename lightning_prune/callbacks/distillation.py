@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune._targets import is_number
-from lightning_prune.augment.mixing import Likelihood
+from lightning_prune._types import Likelihood
 from lightning_prune.callbacks.co_training import RunningMeans
 from lightning_prune.callbacks.dense_weights import DenseWeights, Moment, called, source_fault
 from lightning_prune.callbacks.logit_term import LogitTerm

@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.augment.mixing import Likelihood, distillation_loss
+from lightning_prune._types import Likelihood
+from lightning_prune.augment.mixing import distillation_loss
 from lightning_prune.callbacks.dense_weights import DenseWeights
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.exceptions import BatchFormatError

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_prune._targets import Target
-from lightning_prune._types import Forward, Masks
+from lightning_prune._types import Forward, Likelihood, Masks
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.reading import on_device, undisturbed
 from lightning_prune.callbacks.rewinding import Rewind
@@ -26,7 +26,7 @@ from lightning_prune.masking import Prunable, find_prunable
 from lightning_prune.passes.batches import few_samples
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.refit import check_priced
-from lightning_prune.saliency import Likelihood, SaliencyAccumulator
+from lightning_prune.saliency import SaliencyAccumulator
 from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune._targets import Threshold
-from lightning_prune._types import Masks, Scores
+from lightning_prune._types import Likelihood, Masks, Scores
 from lightning_prune.callbacks import preflight, pruning_arguments, reporting
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan
@@ -25,7 +25,7 @@ from lightning_prune.callbacks.scoring import ScoringOptions, callbacks_of, is_f
 from lightning_prune.callbacks.shrinking import Shrinking
 from lightning_prune.masking import sparsity
 from lightning_prune.refit import Refit, refit_method
-from lightning_prune.saliency import Likelihood, Target
+from lightning_prune.saliency import Target
 from lightning_prune.schedules import Schedule, as_schedule
 from lightning_prune.selection import CriterionLike, Selection, resolve_criterion
 

@@ -18,19 +18,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_prune._types import Forward, Scores
+from lightning_prune._types import Forward, Likelihood, Scores
 from lightning_prune.callbacks.batch_sources import added_batches
 from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
 from lightning_prune.callbacks.step_outputs import StepOutputs
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.saliency import (
-    Likelihood,
-    SaliencyAccumulator,
-    Target,
-    default_forward,
-)
+from lightning_prune.saliency import SaliencyAccumulator, Target, default_forward
 from lightning_prune.saliency.parameters import check_scores
 
 

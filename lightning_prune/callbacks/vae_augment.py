@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune._types import Likelihood
 from lightning_prune.augment.drawing import Drawing, Select
 from lightning_prune.augment.injection import Injection
-from lightning_prune.augment.mixing import BatchForm, Distillation, Likelihood
+from lightning_prune.augment.mixing import BatchForm, Distillation
 from lightning_prune.callbacks.co_training import CoTraining
 from lightning_prune.callbacks.feature_encoder import FeatureEncoder
 from lightning_prune.callbacks.generator_callback import GeneratorCallback

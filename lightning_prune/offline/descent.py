@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune._types import Forward, Masks, Scores
+from lightning_prune._types import Forward, Likelihood, Masks, Scores
 from lightning_prune.masking import count_removed, zero_removed
 from lightning_prune.offline.generated import Trial, group_divergences
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Calibration, Refit, hold_out, obs_prices, refit_survivors
-from lightning_prune.saliency import Likelihood, Target, squared_gradients
+from lightning_prune.saliency import Target, squared_gradients
 from lightning_prune.selection import Criterion, Selection
 from lightning_prune.selection.ranking import complete_masks
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Likelihood
 from lightning_prune.augment.injection import Injection
-from lightning_prune.augment.mixing import BatchForm, Likelihood
+from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.passes.batches import batch_size, read_inputs, read_labels, take_samples
 from lightning_prune.passes.isolation import own_randomness
 from lightning_prune.refit import Calibration, hold_out

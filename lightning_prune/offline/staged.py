@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune._masks import mask_faults
 from lightning_prune._targets import count_faults, is_number, raise_faults
-from lightning_prune._types import Forward, Masks
+from lightning_prune._types import Forward, Likelihood, Masks
 from lightning_prune.masking import count_removed, find_prunable
 from lightning_prune.offline.descent import Descent, Scoring
 from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
@@ -25,7 +25,7 @@ from lightning_prune.passes.batches import default_forward
 from lightning_prune.passes.isolation import unlogged
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
-from lightning_prune.saliency import Likelihood, Target
+from lightning_prune.saliency import Target
 from lightning_prune.selection import Criterion, CriterionLike, Selection, resolve_criterion
 
 

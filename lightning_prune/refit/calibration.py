@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Likelihood
 from lightning_prune.passes.batches import batch_size, default_forward, take_samples
 from lightning_prune.passes.teacher import Teacher
-
-Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 
 EVERY = 10
 """One sample in so many is held out. More leave fewer to fit to, fewer judge worse."""

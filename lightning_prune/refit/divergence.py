@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_prune._types import Likelihood
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit.borrowing import borrowed
-from lightning_prune.refit.calibration import Calibration, Likelihood
+from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.merging import merge_batches
 
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from lightning_prune._masks import mask_faults
 from lightning_prune._targets import raise_faults
-from lightning_prune._types import Forward, Masks, Scores
+from lightning_prune._types import Forward, Likelihood, Masks, Scores
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.batches import batch_size, default_forward, outside_inference_mode
 from lightning_prune.passes.isolation import own_randomness
 from lightning_prune.refit.borrowing import borrowed, device_of
-from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.columns import Linear, as_rows, groups
 from lightning_prune.refit.elimination import elimination_costs
 from lightning_prune.refit.gram import Moments

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Likelihood
 from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import derived_seed, own_randomness
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.refit.borrowing import device_of
-from lightning_prune.refit.calibration import Likelihood
 from lightning_prune.refit.class_directions import WORK, leading_directions
 from lightning_prune.refit.layers import Layer, watching
 

@@ -1,5 +1,6 @@
 """How much does each parameter matter? Batches in, :data:`~lightning_prune._types.Scores` out."""
 
+from lightning_prune._types import Likelihood
 from lightning_prune.passes.batches import (
     default_forward,
     read_inputs,
@@ -8,7 +9,7 @@ from lightning_prune.passes.batches import (
 )
 from lightning_prune.saliency.accumulator import SaliencyAccumulator, squared_gradients
 from lightning_prune.saliency.signs import RandomSigns
-from lightning_prune.saliency.target import Likelihood, Target
+from lightning_prune.saliency.target import Target
 
 __all__ = [
     "Likelihood",

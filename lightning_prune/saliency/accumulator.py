@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_prune._types import Forward, Scores
+from lightning_prune._types import Forward, Likelihood, Scores
 from lightning_prune.saliency.engine import WORKSPACE, Engine
 from lightning_prune.saliency.parameters import check_scores
 from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.signs import RandomSigns
-from lightning_prune.saliency.target import Likelihood, Target
+from lightning_prune.saliency.target import Target
 
 
 def squared_gradients(

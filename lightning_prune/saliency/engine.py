@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._types import Forward
+from lightning_prune._types import Forward, Likelihood
 from lightning_prune.exceptions import SaliencyError
 from lightning_prune.passes.batches import (
     batch_size,
@@ -39,7 +39,6 @@ from lightning_prune.saliency.rules import generic
 from lightning_prune.saliency.rules.linear import Linear
 from lightning_prune.saliency.signs import RandomSigns, random_rows
 from lightning_prune.saliency.target import (
-    Likelihood,
     Target,
     check_finite,
     check_labels,

@@ -17,13 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.saliency.target import (
-    Likelihood,
-    Target,
-    check_finite,
-    check_labels,
-    output_weights,
-)
+from lightning_prune._types import Likelihood
+from lightning_prune.saliency.target import Target, check_finite, check_labels, output_weights
 
 
 @dataclass(frozen=True)

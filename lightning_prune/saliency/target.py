@@ -24,13 +24,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_prune._types import Likelihood
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.outputs import check_classes
 from lightning_prune.saliency.rows import Rows, independent_rows, rotated_rows, term_rows
 from lightning_prune.saliency.softmax import Softmax
 
 Target: TypeAlias = Literal["probability", "label_probability", "fisher", "empirical_fisher"]
-Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 
 DOUBLE_CLASSES = 512
 """Up to so many classes float64 costs nothing to speak of."""
