@@ -27,10 +27,8 @@ from lightning_prune.callbacks.feature_encoder import FeatureEncoder
 from lightning_prune.callbacks.fitting_before import batches_before
 from lightning_prune.callbacks.generator_choice import GeneratorChoice
 from lightning_prune.callbacks.generator_training import GeneratorTraining
-from lightning_prune.callbacks.running_means import RunningMeans, mean_over_processes
+from lightning_prune.callbacks.running_means import mean_over_processes
 from lightning_prune.exceptions import BatchFormatError
-
-__all__ = ["CoTraining", "RunningMeans", "mean_over_processes"]
 
 
 class CoTraining:

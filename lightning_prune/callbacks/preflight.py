@@ -31,6 +31,7 @@ from lightning_prune.schedules import Schedule, planned_targets
 from lightning_prune.selection import Criterion, Selection
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+"""Strategies under which no process holds a whole parameter or gradient."""
 
 
 class PruningSetupError(MisconfigurationException, ValueError):

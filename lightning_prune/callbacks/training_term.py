@@ -10,22 +10,19 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.augment.fitting import all_finite, average_in_place
 from lightning_prune.augment.injection import Injection
-from lightning_prune.callbacks.co_training import mean_over_processes
+from lightning_prune.callbacks.preflight import SHARDING
+from lightning_prune.callbacks.running_means import mean_over_processes
 from lightning_prune.passes.teacher import Teacher
-
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-"""Strategies under which no process holds a whole parameter or gradient."""
 
 
 def check_strategy(trainer: Trainer, name: str) -> None:
     """Refuse strategies that shard the parameters."""
-    if isinstance(trainer.strategy, SHARDED):
+    if isinstance(trainer.strategy, SHARDING):
         raise MisconfigurationException(
             f"{name}: expected whole parameters in each process for inject='train', but "
             f"{type(trainer.strategy).__name__} shards them. Leave 'train' out of `inject`, or "
