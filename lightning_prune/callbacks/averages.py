@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune._types import Masks
+from lightning_prune.callbacks.batch_sources import callbacks_of
 
 
 def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
@@ -34,7 +35,7 @@ def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     Args:
         trainer: A Trainer after its callbacks' ``setup``, where the copies are made.
     """
-    for callback in getattr(trainer, "callbacks", ()):
+    for callback in callbacks_of(trainer):
         yield from _copies_of(callback)
 
 
@@ -68,7 +69,7 @@ def mask_averages(trainer: Trainer, masks: Masks) -> int:
 
 def averaging_after(trainer: Trainer, callback: Callback) -> list[str]:
     """Name the callbacks behind ``callback`` that put averaged weights in when training ends."""
-    callbacks: list[Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     behind = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
     return [
         type(other).__name__

@@ -33,10 +33,14 @@ class BatchSource(Protocol):
         """Take note that masks are about to change."""
 
 
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return a Trainer's callbacks, an attribute which Lightning does not declare."""
+    return list(getattr(trainer, "callbacks", ()))
+
+
 def batch_sources(trainer: Trainer) -> list[BatchSource]:
     """Return the callbacks of a Trainer that take part in scoring."""
-    callbacks = getattr(trainer, "callbacks", ())
-    return [callback for callback in callbacks if isinstance(callback, BatchSource)]
+    return [source for source in callbacks_of(trainer) if isinstance(source, BatchSource)]
 
 
 def added_batches(

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_prune._targets import count_faults
+from lightning_prune.callbacks.batch_sources import callbacks_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def _epochs_of_steps(trainer: Trainer) -> int | None:
     known = trainer.fit_loop._combined_loader is not None  # before, batches are an earlier fit's
     batches = trainer.num_training_batches if known else 0
     changing = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) or any(
-        isinstance(callback, GradientAccumulationScheduler)
-        for callback in getattr(trainer, "callbacks", ())
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)
     )
     if trainer.max_steps == -1 or batches in (0, math.inf) or changing:
         return None

@@ -17,13 +17,13 @@ from typing_extensions import override
 
 from lightning_prune._targets import is_number
 from lightning_prune._types import Likelihood
+from lightning_prune.callbacks.batch_sources import callbacks_of
 from lightning_prune.callbacks.dense_weights import DenseWeights, Moment, called, source_fault
 from lightning_prune.callbacks.logit_term import LogitTerm
 from lightning_prune.callbacks.preflight import PruningSetupError, refuse_trainer
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.running_means import RunningMeans
 from lightning_prune.callbacks.saliency_pruning import pruners_of
-from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.passes.teacher import Teacher
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune._targets import is_number
+from lightning_prune.callbacks.batch_sources import callbacks_of
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.reporting import give_back, without_lent
-from lightning_prune.callbacks.scoring import callbacks_of
 
 Shape: TypeAlias = Literal["cosine", "linear"]
 

@@ -19,7 +19,7 @@ from lightning_prune._targets import Target
 from lightning_prune._types import Scores
 from lightning_prune.callbacks import fit_warnings, preflight, pruning_state
 from lightning_prune.callbacks.averages import mask_averages
-from lightning_prune.callbacks.batch_sources import batch_sources
+from lightning_prune.callbacks.batch_sources import batch_sources, callbacks_of
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.event import Chooser, Chosen, tell
 from lightning_prune.callbacks.plan import PruningPlan, make_plan
@@ -28,7 +28,7 @@ from lightning_prune.callbacks.refitting import Refitter
 from lightning_prune.callbacks.resumption import skipped_epoch_end, skipped_validation
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
-from lightning_prune.callbacks.scoring import ScoringResult, callbacks_of, is_last_validation
+from lightning_prune.callbacks.scoring import ScoringResult, is_last_validation
 from lightning_prune.callbacks.unreached import Unreached
 from lightning_prune.masking import MaskKeeper, count_removed
 from lightning_prune.refit import Refit

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_prune._targets import Threshold
 from lightning_prune._types import Likelihood, Masks, Scores
 from lightning_prune.callbacks import preflight, pruning_arguments, reporting
+from lightning_prune.callbacks.batch_sources import callbacks_of
 from lightning_prune.callbacks.clock import Clock
 from lightning_prune.callbacks.plan import PruningPlan
 from lightning_prune.callbacks.pruner import Pruner
@@ -21,7 +22,7 @@ from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.callbacks.resumption import warn_of_lost_masks
 from lightning_prune.callbacks.rewinding import Rewind
 from lightning_prune.callbacks.scorer import Scorer
-from lightning_prune.callbacks.scoring import ScoringOptions, callbacks_of, is_fitting
+from lightning_prune.callbacks.scoring import ScoringOptions, is_fitting
 from lightning_prune.callbacks.shrinking import Shrinking
 from lightning_prune.masking import sparsity
 from lightning_prune.refit import Refit, refit_method
@@ -340,9 +341,8 @@ class SaliencyPruningCallback(Callback):
         self._pruner.unpack(state_dict)
 
     def _metrics(self) -> dict[str, float]:
-        pruner, history = self._pruner, self._pruner.state.history
-        masks = pruner.keeper.in_force
-        return reporting.metrics(history, pruner.parameters, pruner.prefix, masks)
+        pruner, masks = self._pruner, self._pruner.keeper.in_force
+        return reporting.metrics(pruner.state.history, pruner.parameters, pruner.prefix, masks)
 
 
 def pruners_of(trainer: Trainer) -> list[SaliencyPruningCallback]:

@@ -29,11 +29,6 @@ from lightning_prune.saliency import SaliencyAccumulator, Target, default_forwar
 from lightning_prune.saliency.parameters import check_scores
 
 
-def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return a Trainer's callbacks, an attribute which Lightning does not declare."""
-    return list(getattr(trainer, "callbacks", ()))
-
-
 @dataclass(frozen=True)
 class ScoringOptions:
     """What is scored and how; the arguments mean what they mean for ``squared_gradients``.

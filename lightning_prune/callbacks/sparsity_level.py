@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_prune._targets import Threshold, target_fault
+from lightning_prune.callbacks.batch_sources import callbacks_of
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.callbacks.saliency_pruning import SaliencyPruningCallback, pruners_of
-from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.masking import count_removed
 
 DIGITS = 4

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.adaptive_mix import AdaptiveMix
 from lightning_prune.callbacks.batch_join import BatchJoin, whole
+from lightning_prune.callbacks.batch_sources import callbacks_of
 from lightning_prune.callbacks.encoding import read_form
 from lightning_prune.callbacks.saliency_pruning import pruners_of
-from lightning_prune.callbacks.scoring import callbacks_of
 from lightning_prune.callbacks.supply import Supply
 from lightning_prune.callbacks.training_term import add_training_term, check_strategy
 from lightning_prune.passes.isolation import unlogged
