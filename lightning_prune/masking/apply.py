@@ -24,7 +24,8 @@ from lightning_prune._masks import mask_faults
 from lightning_prune._types import Masks
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a step
-_INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The bits of numbers that take so many bytes, as whole numbers."""
 
 
 class MaskKeeper:
@@ -254,7 +255,7 @@ def _check_fit(masks: Masks, parameters: Mapping[str, Tensor]) -> None:
 
 def _pattern(kept: Tensor, dtype: torch.dtype) -> Tensor:
     """Return all ones (-1) where a weight is kept and all zeros elsewhere, as wide as ``dtype``."""
-    integer = _INTEGER_OF_WIDTH[dtype.itemsize]
+    integer = INTEGER_OF_WIDTH[dtype.itemsize]
     return kept.to(integer).neg_()
 
 

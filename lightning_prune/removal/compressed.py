@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.masking.apply import INTEGER_OF_WIDTH as _INTEGER_OF_WIDTH
 from lightning_prune.masking.packing import pack_masks, unpack_masks
 
 FORMAT, VERSION = "lightning_prune.compressed", "1"
@@ -28,7 +29,6 @@ FAR = 255
 """A byte of gaps that stands for 255 zeros and no value."""
 ENTRY_BYTES = 90
 """About what one more tensor costs in the header of a safetensors file."""
-_INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_compressed(
