@@ -27,7 +27,8 @@ def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Te
                 "Expected argument `parameters` to name parameters of the model but got "
                 f"{unknown}. It has {list(known)}."
             )
-        chosen = {name: known[name] for name in known if name in set(names)}
+        wanted = set(names)
+        chosen = {name: known[name] for name in known if name in wanted}
     chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
     if not chosen:
         raise ValueError(

@@ -31,7 +31,7 @@ class Plans:
     """The plans of one model, made as its batches ask for them.
 
     Args:
-        run: (batch, expected number of logits) -> logits.
+        run: batch -> logits.
         parameters: Full name -> parameter.
         workspace: Bytes of work space.
 
@@ -40,7 +40,7 @@ class Plans:
     """
 
     def __init__(
-        self, run: Callable[..., Tensor], parameters: Mapping[str, Tensor], workspace: int
+        self, run: Callable[[Any], Tensor], parameters: Mapping[str, Tensor], workspace: int
     ) -> None:
         self._run = run
         self._parameters = parameters
@@ -91,7 +91,7 @@ class Plans:
 
 
 def make_plan(
-    run: Callable[..., Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
+    run: Callable[[Any], Tensor], batch: Any, parameters: Mapping[str, Tensor], workspace: int
 ) -> tuple[Signature, Plan]:
     """Return the plan for batches like this one, and the signature it belongs to.
 
