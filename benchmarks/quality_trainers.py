@@ -1,7 +1,8 @@
 """The arms that run in a Trainer of Lightning's: its own ModelPruning, and our recipe.
 
-A Trainer costs several times a step of networks as small as these, so all other arms are plain
-loops; these two are what a user would call, so they are called as a user would.
+A Trainer makes a step of networks as small as these take one and a half to two times as long, so
+all other arms are plain loops; these two are what a user would call, so they are called as a user
+would.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ RECIPE: dict[str, dict[str, Any]] = {
     "recipe-fisher": {"criterion": "taylor", "target": "fisher"},
 }
 """Name -> what is other than in ``recipes.best(sparsity, epochs)``."""
-
-TRAINER_ARMS = (*MODEL_PRUNING, *RECIPE)
 
 
 class Classifier(L.LightningModule):
