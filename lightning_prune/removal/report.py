@@ -163,14 +163,14 @@ def compare(
         )
     samples = max(batch_sizes)
     with unlogged(before), unlogged(after):
-        agreement = agree(before, after, example_inputs)
+        found = agree(before, after, example_inputs)
         return Comparison(
             before=measure_costs(before, example_inputs, samples=samples),
             after=measure_costs(after, example_inputs, samples=samples),
             latency=_latencies(before, after, example_inputs, batch_sizes, rounds)
             if latency
             else {},
-            agreement=agreement,
+            agreement=found,
             samples=samples,
         )
 
@@ -185,7 +185,11 @@ def agree(before: nn.Module, after: nn.Module, example_inputs: Any) -> Agreement
         ValueError: The outputs have different forms or shapes.
         RemovalError: A model returns no tensor.
     """
-    one, other = _outputs(before, example_inputs), _outputs(after, example_inputs)
+    return agreement(outputs(before, example_inputs), outputs(after, example_inputs))
+
+
+def agreement(one: list[Tensor], other: list[Tensor]) -> Agreement:
+    """Return how far outputs are apart, as :func:`agree` does, for who has them already."""
     shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (one, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -205,7 +209,12 @@ def agree(before: nn.Module, after: nn.Module, example_inputs: Any) -> Agreement
     return Agreement(absolute, relative, _same_argmax(one, other))
 
 
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Return the tensors in a model's output; complex ones as pairs of real numbers.
+
+    Raises:
+        RemovalError: The model returns no tensor.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (
         torch.no_grad(),

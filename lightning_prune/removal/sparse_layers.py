@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_prune.passes.isolation import evaluating, plain_attention
 from lightning_prune.removal.calls import Model, answer, copied
 from lightning_prune.removal.latency import Latency, interleaved
-from lightning_prune.removal.report import agree
+from lightning_prune.removal.report import agreement, outputs
 
 FASTER = 0.95
 """A sparse layer has to take less than this share of the dense one's time: 5 % is more than two
@@ -182,6 +182,7 @@ def sparsify(
     small: Any = copied(model)
     inputs = _layer_inputs(small, example_inputs)
     tied = _tied(small)
+    dense_outputs = cache(partial(outputs, model, example_inputs))  # once, if any layer is tried
     found = Conversions()
     for name, layer in list(small.named_modules()):
         if type(layer) is not nn.Linear:
@@ -191,13 +192,15 @@ def sparsify(
         reason = _why_not(layer, density, x, tied)
         samples = 0 if x is None else x.numel() // max(1, layer.in_features)
         dense = sparse = None
+        taken = False
         if reason is None:
             candidate = SparseLinear(layer)
             if measure:
                 dense, sparse = _timed(layer, candidate, x, rounds)
-            reason, small = _decide(model, small, layer, candidate, example_inputs, dense, sparse)
+            reason, taken, small = _decide(
+                dense_outputs, small, layer, candidate, example_inputs, dense, sparse
+            )
         shape = tuple(layer.weight.shape)
-        taken = layer not in set(small.modules())
         found.append(Conversion(name, shape, density, samples, dense, sparse, taken, reason))
     if measure and any(one.converted for one in found):
         dense, sparse = _timed(model, small, example_inputs, rounds)
@@ -206,22 +209,22 @@ def sparsify(
 
 
 def _decide(
-    model: nn.Module,
+    dense_outputs: Callable[[], list[Tensor]],
     small: nn.Module,
     layer: nn.Linear,
     candidate: SparseLinear,
     example_inputs: Any,
     dense: Latency | None,
     sparse: Latency | None,
-) -> tuple[str, nn.Module]:
-    """Return what to say of a layer, and the model with it in the form that it shall have."""
+) -> tuple[str, bool, nn.Module]:
+    """Return what to say of a layer, whether it is sparse from now on, and the model with it."""
     if dense and sparse and not (ratio := sparse.ratio(dense)) < FASTER:
-        return f"left: {ratio:.2f} times the dense layer's time", small
+        return f"left: {ratio:.2f} times the dense layer's time", False, small
     changed = _replaced(small, layer, candidate)
-    fault = _fault(model, changed, example_inputs, layer.weight.dtype)
+    fault = _fault(dense_outputs, changed, example_inputs, layer.weight.dtype)
     if fault is not None:
-        return f"left: {fault}", _replaced(changed, candidate, layer)
-    return ("converted" if dense else "converted without a measurement"), changed
+        return f"left: {fault}", False, _replaced(changed, candidate, layer)
+    return ("converted" if dense else "converted without a measurement"), True, changed
 
 
 def _why_not(layer: nn.Linear, density: float, x: Any, tied: set[nn.Module]) -> str | None:
@@ -289,13 +292,16 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _fault(
-    before: nn.Module, after: nn.Module, example_inputs: Any, dtype: torch.dtype
+    dense_outputs: Callable[[], list[Tensor]],
+    after: nn.Module,
+    example_inputs: Any,
+    dtype: torch.dtype,
 ) -> str | None:
     """Say what is wrong with the model after a conversion: some modules read a layer's weight."""
     try:
         with torch.no_grad(), evaluating(after):
             answer(after, example_inputs)  # as it will be called, by torch's fused ways too
-        apart = agree(before, after, example_inputs).relative
+        apart = agreement(dense_outputs(), outputs(after, example_inputs)).relative
     except Exception as error:  # noqa: BLE001 - whatever the surrounding module does without it
         return f"the model needs it dense ({type(error).__name__}: {error})"
     # Sums of the same products in another order, layer after layer.

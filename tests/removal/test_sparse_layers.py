@@ -145,6 +145,14 @@ def test_a_large_sparse_layer_is_faster_and_a_dense_one_is_left() -> None:
     assert found[2].ratio < 1.0
 
 
+def test_the_dense_model_is_run_once_for_all_layers() -> None:
+    model, run = mlp(), []
+    model.register_forward_hook(lambda module, *_: run.append(module))
+    _, found = sparsify(model, torch.randn(3, 60), measure=False)
+    assert [one.converted for one in found] == [True, True]
+    assert sum(module is model for module in run) == 1
+
+
 def test_what_cannot_be_converted_is_left_with_a_reason() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
