@@ -12,14 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_prune.callbacks import preflight
 from lightning_prune.callbacks.scoring import ScoringOptions
 from lightning_prune.callbacks.shards import validation_loaders
 from lightning_prune.passes.batches import default_forward, few_samples, read_labels
 from lightning_prune.passes.isolation import evaluating, unlogged
-from lightning_prune.passes.outputs import check_classes
+from lightning_prune.passes.outputs import check_classes, doubt_of_classes
 from lightning_prune.refit import Refit
 from lightning_prune.saliency.head import output_parameters
 
@@ -91,8 +90,8 @@ class FirstLook:
                     logits = forward(module, samples := few_samples(batch))
                 if likelihood == "categorical" and self._refit != "layers":
                     check_classes(logits)
-                if tells:
-                    warn_of_class_axis(logits, read_labels(samples))
+                if tells and (doubt := doubt_of_classes(logits, read_labels(samples))):
+                    rank_zero_warn(doubt)
 
     def _warn_of_classes(self, module: LightningModule, batch: Any) -> None:
         forward = self._options.forward or default_forward
@@ -133,25 +132,3 @@ def peek_loader(trainer: Trainer, number: int) -> Any:
     if len(loaders) > 1 and source is not None and source._mode != "sequential":
         return None
     return preflight.peek_batch(trainer, loaders[number])
-
-
-def warn_of_class_axis(logits: Tensor, labels: Tensor | None) -> None:
-    """Warn where the labels show that the classes are not on axis 1 of the logits.
-
-    Args:
-        logits: (N, ...).
-        labels: The batch's, if it has some.
-    """
-    if labels is None or logits.ndim < 3 or labels.is_floating_point():
-        return
-    read = (logits.shape[0], *logits.shape[2:])
-    if labels.shape != logits.shape[:-1] or labels.shape == read:
-        return
-    rest = ", ".join(map(str, logits.shape[1:]))
-    rank_zero_warn(
-        f"The logits of a batch of N are (N, {rest}), and its labels "
-        f"(N, {', '.join(map(str, labels.shape[1:]))}): the classes seem to be the last axis, but "
-        f"likelihood='categorical' reads them off axis 1, {logits.shape[1]} of them, as torch's "
-        "cross entropy does. Scores would be those of other probabilities: turn the logits, "
-        "forward=lambda module, batch: module(batch[0]).movedim(-1, 1)."
-    )

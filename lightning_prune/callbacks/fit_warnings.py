@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_prune._types import Masks
 from lightning_prune.callbacks.clock import Clock
-from lightning_prune.masking import sparsity
+from lightning_prune.masking import layers_left_out, sparsity
 from lightning_prune.schedules import EpochSchedule, Schedule
 from lightning_prune.selection import Selection
 from lightning_prune.selection.ranking import complete_masks
@@ -57,6 +57,16 @@ def warn_of_masks(
                 else ". Give it the masks that are in force, or none."
             )
         )
+
+
+def warn_of_layers(left_out: Mapping[str, str]) -> None:
+    """Warn of layers that stay as they are though nobody has excluded them.
+
+    Args:
+        left_out: Name -> why a parameter is not pruned.
+    """
+    if (text := layers_left_out(left_out)) is not None:
+        rank_zero_warn(text)
 
 
 def warn_of_length(trainer: Trainer, schedule: Schedule, clock: Clock) -> None:

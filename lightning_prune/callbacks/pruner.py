@@ -119,6 +119,7 @@ class Pruner:
         )
         fit_warnings.warn_of_masks(self.schedule, self.selection, parameters, self.keeper.in_force)
         plan = self.plan(module, names, exclude, self.clock.total(trainer))
+        fit_warnings.warn_of_layers(plan.left_out)
         rank_zero_info(f"{plan.summary(self.criterion.name)}\n{plan}")
         units = preflight.unnamed_units(self.selection, parameters, names)
         self.scorer.prepare(list(parameters), self.criterion, idle=events == {}, units=units)

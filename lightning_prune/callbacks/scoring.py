@@ -131,7 +131,6 @@ class ScoringPass:
             dataloader_idx: Which of its loaders it is from.
             batch_idx: Its number there. A batch that was added before is left out.
         """
-        start = time.perf_counter()
         logits = self._outputs.take()
         if batch_idx is not None:
             if (dataloader_idx, batch_idx) in self._seen:
@@ -143,7 +142,6 @@ class ScoringPass:
             batch, logits = self._shard.cut(batch, logits, dataloader_idx)
         if batch is not None:
             self._put(batch, logits)
-        self._seconds += time.perf_counter() - start
 
     def _put(self, batch: Any, logits: Tensor | None) -> None:
         # Without logits a pass over the batch comes first, and that over a whole pool may be large.
@@ -163,7 +161,9 @@ class ScoringPass:
         self._waiting.clear()
 
     def _score(self, batch: Any, logits: Tensor | None) -> None:
+        start = time.perf_counter()
         self._accumulator.update(batch, logits)
+        self._seconds += time.perf_counter() - start
         self._scored_here = True
         self._outputs.forget()  # the scoring pass runs the model, too
 
@@ -197,9 +197,9 @@ class ScoringPass:
             SaliencyError: A parameter never had a gradient path to the output.
             NonFiniteScoresError: A score is not finite.
         """
-        start = time.perf_counter()
         self.score_pool()
         self.close()
+        start = time.perf_counter()
         mine = self._accumulator
         counts = torch.stack([mine.samples_seen, mine.energy, mine.dropped])
         samples, energy, dropped = summed(trainer, counts).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lightning_prune.masking.apply import MaskKeeper, zero_removed
 from lightning_prune.masking.packing import pack_masks, unpack_masks
-from lightning_prune.masking.prunable import Prunable, find_prunable
+from lightning_prune.masking.prunable import Prunable, find_prunable, layers_left_out
 from lightning_prune.masking.statistics import SparsityMetric, count_removed, density, sparsity
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "count_removed",
     "density",
     "find_prunable",
+    "layers_left_out",
     "pack_masks",
     "sparsity",
     "unpack_masks",

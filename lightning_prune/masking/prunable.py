@@ -34,6 +34,9 @@ LAYERS = (
 """Layers whose weights are matrices or kernels in whatever shape, (1, k) too."""
 
 
+PARAMETRISED = "parametrised: the layer's weight is computed from it"
+
+
 @dataclass(frozen=True)
 class Prunable:
     """The outcome of :func:`find_prunable`.
@@ -113,6 +116,23 @@ def find_prunable(
     return Prunable(chosen, {name: reason for name, reason in reasons.items() if reason})
 
 
+def layers_left_out(left_out: Mapping[str, str]) -> str | None:
+    """Return what to warn of: layers that nobody has left out, and that stay as they are.
+
+    Args:
+        left_out: Name -> why a parameter is not pruned, of :class:`Prunable`.
+    """
+    names = [name for name, reason in left_out.items() if reason == PARAMETRISED]
+    if not names:
+        return None
+    return (
+        "Layers whose weights are computed from parameters (weight norm, spectral norm, ...) are "
+        f"not pruned: {names}. Sparsities are shares of the other layers' weights. Take the "
+        "parametrisation off before; or, of a spectral norm, where a zero in the parameter is one "
+        "in the weight, give the full name in `parameters`; or `exclude` them, if that is meant."
+    )
+
+
 def _owners(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{leaf}" if prefix else leaf: module
@@ -138,7 +158,7 @@ def _why_not(name: str, parameter: Tensor, owner: nn.Module) -> str | None:
     if isinstance(owner, NORMS):
         return f"part of a {type(owner).__name__}"
     if isinstance(owner, ParametrizationList) or _is_normed(name, owner):
-        return "parametrised: a zero in it is no zero in the weight"
+        return PARAMETRISED
     if parameter.ndim < 2:
         return "a vector, not a matrix or a kernel"
     # Of a layer it is a matrix or kernel all the same, with one input or output.
@@ -208,7 +228,7 @@ def _without(
     for pattern in patterns:
         single = first_names.get(pattern)
         for name in _matches(pattern, first_names, faults) if single is None else [single]:
-            if left[name] is None:
+            if left[name] in (None, PARAMETRISED):
                 left[name] = f"excluded by {pattern!r}"
     return left
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lightning_prune._masks import mask_faults
 from lightning_prune._targets import count_faults, is_number, raise_faults
 from lightning_prune._types import Forward, Likelihood, Masks
-from lightning_prune.masking import count_removed, find_prunable
+from lightning_prune.masking import count_removed, find_prunable, layers_left_out
 from lightning_prune.offline.descent import Descent, Scoring
 from lightning_prune.offline.generated import Sampler, chosen_batches, generated_batches
 from lightning_prune.offline.reading import read_batches, several_batches
-from lightning_prune.passes.batches import default_forward
-from lightning_prune.passes.isolation import unlogged
+from lightning_prune.passes.batches import default_forward, few_samples, read_labels
+from lightning_prune.passes.isolation import evaluating, random_state_kept, unlogged
+from lightning_prune.passes.outputs import doubt_of_classes
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Target
@@ -111,7 +112,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     model = getattr(model, "_orig_mod", model)  # of torch.compile: its names are another model's
     ranking = resolve_criterion(criterion, seed=seed)
     selection = Selection() if selection is None else selection
-    chosen: dict[str, Tensor] = dict(find_prunable(model, parameters, exclude=exclude).parameters)
+    prunable = find_prunable(model, parameters, exclude=exclude)
+    chosen: dict[str, Tensor] = dict(prunable.parameters)
     path = _path(sparsity, stages, chosen, masks or {})
     _check(selection, ranking, generator, generated, likelihood, chosen, path)
     method = refit_method(refit)
@@ -119,6 +121,11 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     real = read_batches(batches, seed)
     scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, forward)
     descent = Descent(scoring, selection, method)
+    doubts = [layers_left_out(prunable.left_out)]
+    if ranking.needs_scores or ranking.needs_prices or method:
+        doubts.append(_doubt_of_labels(scoring, real[0]))
+    for doubt in filter(None, doubts):
+        warnings.warn(doubt, stacklevel=2)
     with unlogged(model), several_batches(real):
         extra: list[Any] = []
         if generator is not None:
@@ -138,6 +145,17 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         masks = _descended(descent, path, masks, real, extra)
     with torch.inference_mode(False):  # masks are for later use, whatever the mode is here
         return {name: mask.clone() for name, mask in masks.items()}
+
+
+def _doubt_of_labels(scoring: Scoring, batch: Any) -> str | None:
+    """Return what the labels of two samples say against how the output is read, if they do."""
+    labels = read_labels(batch)
+    if labels is None or labels.ndim < 2 or scoring.likelihood != "categorical":
+        return None
+    model, samples = scoring.model, few_samples(batch)
+    device = next(iter(scoring.parameters.values())).device
+    with unlogged(model), evaluating(model), random_state_kept(device), torch.no_grad():
+        return doubt_of_classes(scoring.forward(model, samples), read_labels(samples))
 
 
 def _descended(

@@ -17,3 +17,52 @@ def check_classes(logits: Tensor) -> None:
             f"likelihood='categorical', but got {tuple(logits.shape)}. For one logit an output use "
             "likelihood='bernoulli', for regression 'gaussian'."
         )
+
+
+def doubt_of_classes(logits: Tensor, labels: Tensor | None) -> str | None:
+    """Return what labels say against reading axis 1 of the logits as classes, if they do.
+
+    Args:
+        logits: (N, C) or (N, C, ...), of a few samples.
+        labels: Theirs, if there are any.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(2, 3)
+        >>> doubt_of_classes(logits, torch.tensor([0, 2]))
+        >>> doubt_of_classes(logits, torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]))
+        >>> "likelihood='bernoulli'" in doubt_of_classes(logits, torch.ones(2, 3))
+        True
+    """
+    if labels is None or logits.ndim < 2:
+        return None
+    if labels.shape == logits.shape:
+        return _doubt_of_one_class(labels)
+    if logits.ndim < 3 or labels.is_floating_point():
+        return None
+    read = (logits.shape[0], *logits.shape[2:])
+    if labels.shape != logits.shape[:-1] or labels.shape == read:
+        return None
+    rest = ", ".join(map(str, logits.shape[1:]))
+    return (
+        f"The logits of a batch of N are (N, {rest}), and its labels "
+        f"(N, {', '.join(map(str, labels.shape[1:]))}): the classes seem to be the last axis, but "
+        f"likelihood='categorical' reads them off axis 1, {logits.shape[1]} of them, as torch's "
+        "cross entropy does. Scores would be those of other probabilities: turn the logits, "
+        "forward=lambda module, batch: module(batch[0]).movedim(-1, 1)."
+    )
+
+
+def _doubt_of_one_class(labels: Tensor) -> str | None:
+    """Return what to say of labels (N, C, ...) that are no distributions over C classes."""
+    y = labels.double()
+    bits = bool(((y >= 0) & (y <= 1)).all())
+    if bits and bool(((y.sum(1) - 1).abs() < 1e-2).all()):  # also one that was smoothed and rounded
+        return None
+    better = "'bernoulli', one logit an output" if bits else "'gaussian', for regression"
+    return (
+        f"The labels have the logits' shape, (N, {', '.join(map(str, labels.shape[1:]))}), and do "
+        "not add up to 1 over axis 1: they are no probabilities of classes that exclude each "
+        "other, but likelihood='categorical' reads the logits as such, by a softmax. If the loss "
+        f"has none, give likelihood={better}."
+    )

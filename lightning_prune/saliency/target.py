@@ -173,7 +173,8 @@ def check_labels(
         if labels.is_floating_point() or not bool(valid.all()):
             raise ValueError(
                 f"Expected integer labels in [0, {shape[1]}) for target={target!r}, but got "
-                f"{labels.dtype} with the range [{labels.min().item()}, {labels.max().item()}]."
+                f"{labels.dtype} with the range [{labels.min().item()}, {labels.max().item()}]. "
+                f"What no prediction is made of (padding) is labelled {IGNORED_LABEL}."
             )
 
 

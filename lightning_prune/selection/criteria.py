@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune._types import Scores
+from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.selection.checks import check_criterion_result
 
 CriterionFunction: TypeAlias = Callable[[Scores, Mapping[str, Tensor]], Scores]
@@ -50,7 +51,11 @@ class Criterion:
         """
         weights = {name: parameter.detach() for name, parameter in parameters.items()}
         with torch.no_grad():
-            found = check_criterion_result(self.function(scores, weights), weights)
+            result = self.function(scores, weights)
+        try:
+            found = check_criterion_result(result, weights)
+        except (TypeError, ValueError, NonFiniteScoresError) as error:
+            raise type(error)(f"The scores of criterion {self.name}: {error}") from error
         # A callable may give back the weights themselves, which will change under the scores.
         held = {weight.untyped_storage().data_ptr() for weight in weights.values()}
         return {

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import SaliencyPruningCallback, Selection
+from lightning_prune import SaliencyPruningCallback, Selection, prune
 from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.exceptions import BatchFormatError, SaliencyError
 from tests.callbacks.pruning_cases import (
@@ -171,6 +171,77 @@ def test_classes_on_the_last_axis_are_warned_of(sanity: Any, turned: bool, argum
     line = said(lambda: t.fit(Words(turned), words, words))
     expected = "logits of a batch of N are (N, 7, 5), and its labels (N, 7)"
     assert (expected in line) != turned
+
+
+# Outputs that are no classes
+
+
+class Bits(L.LightningModule):
+    """Three logits a sample, each for itself, and a loss that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1].float())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+LABELS = {
+    "several at once": (torch.tensor([[1.0, 1.0, 0.0]]), "'bernoulli'"),
+    "as integers": (torch.tensor([[1, 0, 1]]), "'bernoulli'"),
+    "targets of a regression": (torch.tensor([[1.5, -2.0, 0.3]]), "'gaussian'"),
+    "probabilities": (torch.tensor([[0.2, 0.5, 0.3]]), None),
+    "one of them": (torch.tensor([[0, 1, 0]]), None),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+@pytest.mark.parametrize("arguments", [{}, {"criterion": "obs"}, {"likelihood": "bernoulli"}])
+def test_labels_that_are_no_classes_are_warned_of(case: str, arguments: Any) -> None:
+    row, likelihood = LABELS[case]
+    data = DataLoader(TensorDataset(torch.randn(32, 6), row.expand(32, 3)), batch_size=8)
+    t = trainer(SaliencyPruningCallback({0: 0.5}, **arguments), max_epochs=1)
+    line = said(lambda: t.fit(Bits(), data, data))
+    assert ("The labels have the logits' shape" in line) == (
+        likelihood is not None and "likelihood" not in arguments
+    )
+    assert "likelihood" in arguments or likelihood is None or f"likelihood={likelihood}" in line
+    offline = said(lambda: prune(Bits(), list(data), sparsity=0.5, **arguments))
+    assert ("The labels have the logits' shape" in offline) == (
+        "The labels have the logits' shape" in line
+    )
+
+
+# Layers that are left out
+
+
+def test_parametrised_layers_that_stay_as_they_are_are_warned_of() -> None:
+    def made() -> Digits:
+        model = make_model()
+        model.net[0] = nn.utils.parametrizations.weight_norm(model.net[0])
+        return model
+
+    def lines(**arguments: Any) -> list[str]:
+        def run() -> None:
+            trainer(SaliencyPruningCallback({0: 0.5}, **arguments)).fit(made(), *loaders())
+
+        batches = list(loaders()[1])
+        return [said(run), said(lambda: prune(made(), batches, sparsity=0.5, **arguments))]
+
+    for line in lines():
+        assert "are not pruned: ['net.0.parametrizations.weight.original0', " in line
+    for line in lines(exclude=["net.0.*"]) + lines(parameters=["net.3.weight"]):
+        assert "are not pruned" not in line
 
 
 # Whole units of the output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lightning_prune.callbacks.pooling import Pool
 from lightning_prune.callbacks.scoring import ScoringOptions, ScoringPass
 from lightning_prune.exceptions import NonFiniteScoresError
 from tests import reference
-from tests.callbacks.pruning_cases import digits, make_model
+from tests.callbacks.pruning_cases import digits, make_model, trainer
 
 
 def test_batches_come_out_as_one_in_their_form() -> None:
@@ -103,3 +104,22 @@ def test_a_sample_that_is_not_finite_is_named_within_its_batch() -> None:
     with pytest.raises(NonFiniteScoresError, match="sample 7 of the batch"):
         scoring.add((bad, y[30:60]))
     scoring.close()
+
+
+def test_the_seconds_are_those_of_the_scoring_wherever_it_happens(monkeypatch) -> None:
+    """What waits in a pool is scored in the end, by whoever comes last."""
+    model, (x, y) = make_model().eval(), digits()
+    scoring = ScoringPass(model, ["net.0.weight"], ScoringOptions())
+    update = scoring._accumulator.update
+
+    def slow(batch: Any, logits: Any) -> None:
+        time.sleep(0.2)
+        update(batch, logits)
+
+    monkeypatch.setattr(scoring._accumulator, "update", slow)
+    with torch.no_grad():
+        model(x[:30])
+        scoring.add((x[:30], y[:30]))
+    scoring.score_pool()
+    result = scoring.finish(trainer()) or pytest.fail("nothing scored")
+    assert 0.2 <= result.seconds < 5

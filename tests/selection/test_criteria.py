@@ -75,8 +75,11 @@ def test_an_own_criterion_can_do_without_scores() -> None:
     ],
 )
 def test_an_own_criterion_is_checked(result, error, message) -> None:
-    with pytest.raises(error, match=message):
-        resolve_criterion(lambda scores, parameters: result)(SCORES, WEIGHTS)
+    def mine(scores, parameters):
+        return result
+
+    with pytest.raises(error, match=f"scores of criterion mine: .*{message}"):
+        resolve_criterion(mine)(SCORES, WEIGHTS)
 
 
 def test_unknown_names_are_refused_with_the_close_one() -> None:
