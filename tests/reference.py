@@ -64,11 +64,13 @@ def terms(
         return [(out[o], one) for o in range(len(out))]
     found = []
     for t in range(len(p)):
+        if len(p) > 1 and y[t] == -100:
+            continue
         if target == "probability":
             found += [(p[t, c], one) for c in range(p.shape[1])]
         elif target == "fisher":
             found += [(log_p[t, c], p[t, c].detach()) for c in range(p.shape[1])]
-        elif y[t] != -100:
+        elif y[t] != -100:  # also the only one of a sample
             found.append((p[t, y[t]] if target == "label_probability" else log_p[t, y[t]], one))
     return found
 

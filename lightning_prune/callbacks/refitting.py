@@ -15,12 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_prune._types import Masks, Scores
+from lightning_prune._types import Forward, Masks, Scores
 from lightning_prune.callbacks.batch_sources import added_batches
 from lightning_prune.callbacks.scorer import Scorer
 from lightning_prune.masking import zero_removed
 from lightning_prune.passes.batches import batch_size, default_forward
 from lightning_prune.passes.isolation import unlogged
+from lightning_prune.passes.outputs import without_ignored
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import (
     Calibration,
@@ -78,7 +79,7 @@ class Refitter:
                     masks,
                     names,
                     [*real, *generated],
-                    forward=options.forward or default_forward,
+                    forward=self._forward,
                     likelihood=options.likelihood,
                     one_by_one=one_by_one,
                 )
@@ -116,7 +117,7 @@ class Refitter:
                     dense,
                     fit,
                     held_out,
-                    options.forward or default_forward,
+                    self._forward,
                     options.likelihood,
                     generated,
                 )
@@ -136,6 +137,11 @@ class Refitter:
         if news:
             notes = "; ".join(f"{name}: {why}" for name, why in news.items())
             rank_zero_warn(f"The refit left some parameters as they were. {notes}")
+
+    @property
+    def _forward(self) -> Forward:
+        options = self.scorer.options
+        return without_ignored(options.forward or default_forward, options.likelihood)
 
     def _batches(self, trainer: Trainer, module: LightningModule) -> tuple[list[Any], list[Any]]:
         """Return the calibration's real batches and the generated ones beside them."""

@@ -23,7 +23,7 @@ from lightning_prune.offline.generated import Sampler, chosen_batches, generated
 from lightning_prune.offline.reading import read_batches, several_batches
 from lightning_prune.passes.batches import default_forward, few_samples, read_labels
 from lightning_prune.passes.isolation import evaluating, random_state_kept, unlogged
-from lightning_prune.passes.outputs import doubt_of_classes
+from lightning_prune.passes.outputs import doubt_of_classes, without_ignored
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
 from lightning_prune.saliency import Target
@@ -117,7 +117,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     path = _path(sparsity, stages, chosen, masks or {})
     _check(selection, ranking, generator, generated, likelihood, chosen, path)
     method = refit_method(refit)
-    forward = default_forward if forward is None else forward
+    forward = without_ignored(default_forward if forward is None else forward, likelihood)
     real = read_batches(batches, seed)
     scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, forward)
     descent = Descent(scoring, selection, method)

@@ -64,7 +64,7 @@ def derived_seed(*key: int | str) -> int:
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Put the global random state back after a block: torch's on the CPU and that of ``device``.
 
-    Of MPS only the CPU's.
+    Only the CPU's where torch keeps none by device (MPS, XLA).
 
     Example:
         >>> before = torch.get_rng_state()
@@ -73,7 +73,7 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         >>> bool(torch.equal(before, torch.get_rng_state()))
         True
     """
-    if device.type in WITHOUT_OWN_STATE:
+    if _accelerator(device) is None:
         with torch.random.fork_rng(devices=[]):
             yield
         return
@@ -102,17 +102,22 @@ def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
     with random_state_kept(device):
         # Not torch.manual_seed: it would reseed every device, and only this one is put back.
         torch.default_generator.manual_seed(seed)
-        if device.type not in WITHOUT_OWN_STATE:
-            accelerator = torch.get_device_module(device)
+        if (accelerator := _accelerator(device)) is not None:
             with accelerator.device(_index_of(device)):
                 accelerator.manual_seed(seed)
         yield
 
 
+def _accelerator(device: torch.device) -> Any:
+    """Return torch's module for a device with a random state of its own, None for others."""
+    module = None if device.type in WITHOUT_OWN_STATE else getattr(torch, device.type, None)
+    return module if hasattr(module, "get_rng_state") else None
+
+
 def _index_of(device: torch.device) -> int:
     """Return the number of an accelerator; without one of its own it is the current one."""
     index: Any = device.index  # torch's annotation leaves out None
-    return int(torch.get_device_module(device).current_device() if index is None else index)
+    return int(_accelerator(device).current_device() if index is None else index)
 
 
 @contextmanager

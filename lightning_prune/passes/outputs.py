@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune._types import Forward, Likelihood
+from lightning_prune.passes.batches import read_labels
+
+IGNORED_LABEL = -100
+"""Positions with this label are no predictions, as in torch's cross entropy."""
+
+SURE = 60.0
+"""A logit beside zeros that leaves nothing in doubt, in any precision."""
 
 
 def check_classes(logits: Tensor) -> None:
@@ -17,6 +28,43 @@ def check_classes(logits: Tensor) -> None:
             f"likelihood='categorical', but got {tuple(logits.shape)}. For one logit an output use "
             "likelihood='bernoulli', for regression 'gaussian'."
         )
+
+
+def ignored_positions(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Return which positions their labels leave out, (N, ...) bool; ``None`` if none can be.
+
+    A sample's only prediction is never left out: without a label it predicts all the same.
+
+    Args:
+        logits: (N, C, ...).
+        labels: (N, ...) class indices, or anything else.
+    """
+    if labels is None or logits.ndim < 3 or labels.is_floating_point():
+        return None
+    if labels.shape != (logits.shape[0], *logits.shape[2:]):
+        return None
+    ignored = (labels == IGNORED_LABEL).to(logits.device)
+    return ignored if bool(ignored.any()) else None
+
+
+def without_ignored(forward: Forward, likelihood: Likelihood) -> Forward:
+    """Return a forward pass whose logits are constants at the positions that labels leave out.
+
+    There the network can be neither far from another one nor uncertain.
+    """
+    if likelihood != "categorical":
+        return forward
+
+    def run(model: nn.Module, batch: Any) -> Tensor:
+        logits = forward(model, batch)
+        ignored = ignored_positions(logits, read_labels(batch))
+        if ignored is None:
+            return logits
+        logits = logits.masked_fill(ignored[:, None], 0.0)
+        logits[:, 0] = logits[:, 0].masked_fill(ignored, SURE)
+        return logits
+
+    return run
 
 
 def doubt_of_classes(logits: Tensor, labels: Tensor | None) -> str | None:

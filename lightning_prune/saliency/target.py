@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_prune._types import Likelihood
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.passes.outputs import check_classes
+from lightning_prune.passes.outputs import IGNORED_LABEL, check_classes, ignored_positions
 from lightning_prune.saliency.rows import Rows, independent_rows, rotated_rows, term_rows
 from lightning_prune.saliency.softmax import Softmax
 
@@ -34,9 +34,6 @@ Target: TypeAlias = Literal["probability", "label_probability", "fisher", "empir
 
 DOUBLE_CLASSES = 512
 """Up to so many classes float64 costs nothing to speak of."""
-
-IGNORED_LABEL = -100
-"""Positions with this label are no predictions, as in torch's cross entropy."""
 
 
 def output_rows(
@@ -57,7 +54,8 @@ def output_rows(
             its two classes give 2 (dP/dw)^2), ``"gaussian"`` (the output is the prediction, unit
             variance).
         tolerance: Share of the rows' energy that may be left out, in [0, 1).
-        labels: (N, ...) class indices, or the logits' shape for the other likelihoods.
+        labels: (N, ...) class indices, or the logits' shape for the other likelihoods. Of several
+            positions a sample those labelled -100 are left out, whatever the target.
         rotate: Rotate the terms of a prediction into eigenvectors, which makes fewer rows carry the
             energy.
 
@@ -81,7 +79,7 @@ def output_rows(
     if target not in ("probability", "fisher"):
         classes, weight = _label_terms(softmax.p, target, labels)
         return term_rows(softmax, classes, weight, tolerance, logits.shape)
-    weight = softmax.p if target == "probability" else softmax.p.sqrt()
+    weight = _class_weights(softmax.p, target, logits, labels)
     if rotate:
         return rotated_rows(softmax, weight, tolerance, logits.shape)
     classes = torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
@@ -189,7 +187,7 @@ def output_weights(
     if likelihood == "categorical":
         p = _flat(z).softmax(-1)
         if target in ("probability", "fisher"):
-            weights = p if target == "probability" else p.sqrt()
+            weights = _class_weights(p, target, z, labels)
         else:
             weights = torch.zeros_like(p).scatter_(1, *_label_terms(p, target, labels))
         return weights.reshape(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)
@@ -206,6 +204,13 @@ def output_weights(
         "label_probability": p * q,
         "fisher": (p * q).sqrt(),
     }[target]
+
+
+def _class_weights(p: Tensor, target: Target, logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the weights (M, C) of the terms of a target that sums over classes."""
+    weight = p if target == "probability" else p.sqrt()
+    ignored = ignored_positions(logits, labels)
+    return weight if ignored is None else weight.masked_fill(ignored.reshape(-1, 1), 0.0)
 
 
 def _label_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -405,3 +405,44 @@ def test_layers_that_the_first_samples_do_not_choose_are_warned_of() -> None:
     with warnings_of(r"called none of the layers of \['other.weight'\]"):
         fit(pruner, model=Routed())
     assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+class Tagger(L.LightningModule):
+    """One prediction a position, from that position alone; it does not learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(5, 16, 1), nn.ReLU(), nn.Conv1d(16, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+def test_padding_counts_for_nothing(criterion: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 5, 9), torch.randint(0, 4, (64, 9))
+    padded, labels = torch.cat([x, 9 * torch.randn(64, 5, 6)], 2), nn.functional.pad(y, (0, 6))
+    ignored = labels.clone()
+    ignored[:, 9:] = -100
+    found = []
+    for data in ((x, y), (padded, ignored), (padded, labels)):
+        loader = DataLoader(list(zip(*data, strict=True)), batch_size=32)
+        torch.manual_seed(1)
+        model = Tagger()
+        pruner = SaliencyPruningCallback({0: 0.6}, criterion=criterion, refit="outputs")
+        trainer(pruner, max_epochs=2).fit(model, loader, loader)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    real, with_padding, misled = found
+    assert torch.equal(real == 0, with_padding == 0)
+    assert (real - with_padding).abs().max() < 1e-3
+    assert (real - misled).abs().max() > 0.01

@@ -524,3 +524,23 @@ def test_weights_that_no_input_reaches_are_no_failure_of_a_refit(batches) -> Non
         options = {"sparsity": dead / 1184, "criterion": "magnitude", "refit": "layers"}
         masks = prune(model, unread, **options)
     assert not masks["0.weight"][:, ~read].any()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+@pytest.mark.parametrize("refit", [False, "outputs"])
+def test_positions_that_labels_leave_out_count_for_nothing(criterion, refit) -> None:
+    """As if they were not there: of 1x1 convolutions every position is on its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(5, 16, 1), nn.ReLU(), nn.Conv1d(16, 4, 1))
+    x, y = torch.randn(64, 5, 9), torch.randint(0, 4, (64, 9))
+    padded, labels = torch.cat([x, 9 * torch.randn(64, 5, 6)], 2), F.pad(y, (0, 6), value=-100)
+    found = []
+    for batch in ((x, y), (padded, labels), (padded, F.pad(y, (0, 6)))):
+        net = copy.deepcopy(model)
+        prune(net, [batch], sparsity=0.6, stages=2, criterion=criterion, refit=refit)
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    real, with_padding, misled = found
+    assert torch.equal(real == 0, with_padding == 0)
+    assert (real - with_padding).abs().max() < 1e-3
+    assert criterion == "magnitude" or not torch.equal(real == 0, misled == 0)
+    assert not refit or (real - misled).abs().max() > 0.01

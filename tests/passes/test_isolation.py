@@ -53,12 +53,21 @@ def test_the_state_of_any_accelerator_comes_back(monkeypatch, index):
         def manual_seed(seed):
             states[2 if index is None else index] = seed
 
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator)
+    monkeypatch.setattr(torch, "xpu", Accelerator)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator)  # torch's is cached
     device = torch.device("xpu") if index is None else torch.device("xpu", index)
     for context in (random_state_kept(device), own_randomness(device, 1)):
         with context:
             states[2 if index is None else index] += 1
         assert states == {2: 20, 3: 30}
+
+
+def test_a_device_without_a_module_in_torch_has_the_cpus_state():
+    before = torch.get_rng_state()
+    for context in (random_state_kept(torch.device("xla")), own_randomness(torch.device("xla"), 1)):
+        with context:
+            torch.rand(3)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 class _Frozen(nn.Dropout):

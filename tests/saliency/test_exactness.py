@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
-from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
+from lightning_prune.saliency import SaliencyAccumulator, Target, squared_gradients
 from tests import reference
 from tests.cases import CASES, make
 
@@ -95,17 +96,23 @@ def test_one_output_a_sample_without_a_class_axis() -> None:
     )
 
 
-def test_ignored_labels_are_no_predictions() -> None:
+@pytest.mark.parametrize("target", get_args(Target))
+def test_ignored_labels_are_no_predictions(target: Target) -> None:
     model, x = make("dense prediction")
     y = torch.randint(0, 3, (3, 3, 3))
+    y[0, 1:] = y[2, :, 0] = -100
+    expected = reference.squared_gradients(model, (x, y), target=target)
+    found = squared_gradients(model, [(x, y)], target=target)
+    assert reference.largest_error(found, expected) < 1e-9
     y[0] = -100
-    expected = reference.squared_gradients(model, (x, y), target="empirical_fisher")
-    assert (
-        reference.largest_error(
-            squared_gradients(model, [(x, y)], target="empirical_fisher"), expected
-        )
-        < 1e-9
-    )
+    less = squared_gradients(model, [(x, y)], target=target)
+    assert sum(map(torch.sum, less.values())) < sum(map(torch.sum, found.values()))
+
+
+def test_a_sample_without_a_label_predicts_all_the_same() -> None:
+    model, x = make("mlp")
+    found = squared_gradients(model, [(x, torch.full((len(x),), -100))])
+    assert reference.largest_error(found, squared_gradients(model, [x])) == 0.0
 
 
 def test_it_is_not_the_square_of_the_batch_gradient() -> None:
