@@ -101,7 +101,6 @@ class ScoringPass:
     def __init__(self, module: nn.Module, names: list[str], options: ScoringOptions) -> None:
         self._module = module
         self._accumulator = options.accumulator(module, names)
-        self._accumulator.distributed_available_fn = _alone  # the sums are reduced in `finish`
         self._seconds = 0.0
         self._outputs = StepOutputs(module, watch=options.forward is None)
         self._forward = options.forward
@@ -206,7 +205,7 @@ class ScoringPass:
         if not samples:
             return None
         # A small set has no sample for the last of many processes.
-        local = mine.compute() if self._scored_here else mine.sums
+        local = mine.checked_sums() if self._scored_here else mine.sums
         scores = {name: summed(trainer, total) for name, total in local.items()}
         check_scores(scores)
         seconds = self._seconds + time.perf_counter() - start
@@ -260,11 +259,6 @@ def summed(trainer: Trainer, tensor: Tensor) -> Tensor:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _alone() -> bool:
-    """Tell torchmetrics that there is nobody to gather from: its way costs a copy a process."""
-    return False
 
 
 def is_fitting(trainer: Trainer) -> bool:

@@ -101,7 +101,7 @@ def squared_gradients(
         accumulator.update(batch)
     if not accumulator.samples:
         raise ValueError("Expected at least one batch to score but `batches` was empty.")
-    return accumulator.compute()
+    return accumulator.checked_sums()
 
 
 class SaliencyAccumulator(Metric):
@@ -158,11 +158,16 @@ class SaliencyAccumulator(Metric):
         with torch.inference_mode(False):  # sums that the scoring, outside of it, may write to
             for i, parameter in enumerate(self._engine.parameters.values()):
                 zeros = in_score_precision(torch.zeros_like(parameter, requires_grad=False))
-                self.add_state(f"sum_{i}", zeros, "sum")
+                self._add_sum(f"sum_{i}", zeros)
                 if signs is not None:
-                    self.add_state(f"variance_{i}", torch.zeros_like(zeros), "sum")
+                    self._add_sum(f"variance_{i}", torch.zeros_like(zeros))
             for name in ("samples_seen", "energy", "dropped"):
                 self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+
+    def _add_sum(self, name: str, zeros: Tensor) -> None:
+        self.add_state(name, zeros, "sum")
+        # What reset() clones: a single zero, not a copy as large as the scores.
+        self._defaults[name] = zeros.new_zeros(()).expand(zeros.shape)
 
     def reset(self) -> None:
         """Start from nothing."""
@@ -202,10 +207,18 @@ class SaliencyAccumulator(Metric):
             SaliencyError: If a parameter never had a gradient path to the output.
             NonFiniteScoresError: If a score is not finite.
         """
+        return {name: total.clone() for name, total in self.checked_sums().items()}
+
+    def checked_sums(self) -> Scores:
+        """Return the running sums of this process, not copied, for who needs nothing else of it.
+
+        Raises:
+            SaliencyError: As :meth:`compute`.
+            NonFiniteScoresError: As :meth:`compute`.
+        """
         self._engine.check_reached()
-        scores = {name: total.clone() for name, total in self.sums.items()}
-        check_scores(scores)
-        return scores
+        check_scores(self.sums)
+        return self.sums
 
     def standard_error(self) -> Scores:
         """Return the standard error of this process's estimate, shaped like the scores.

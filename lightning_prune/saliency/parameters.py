@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -39,6 +40,8 @@ def named_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Te
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:
     """Raise NonFiniteScoresError naming the parameters whose scores are NaN or infinite."""
-    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+    # A sum is finite only if all its terms are, and takes no memory; the reverse may fail.
+    doubtful = {n: score for n, score in scores.items() if not math.isfinite(float(score.sum()))}
+    bad = [name for name, score in doubtful.items() if not bool(torch.isfinite(score).all())]
     if bad:
         raise NonFiniteScoresError(f"Expected finite scores, but those of {bad} are not.")

@@ -9,7 +9,7 @@ end in a wrong score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from lightning_prune.saliency.uses import Uses
 
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Largest difference, relative to the largest score, at which a closed form counts as proved."""
+
+PORTIONS = 16
+"""Parameters are proved in portions of this part of the work space."""
 
 
 class Plans:
@@ -105,29 +108,33 @@ def make_plan(
     if not logits.requires_grad:
         return signature(capture.calls, capture.opaque), Plan.all_generic(capture.calls, (), logits)
     check_finite(logits)
-    gradients, exact, reached = _probe(logits, capture.calls, parameters)
+    gradients = _output_gradients(logits, capture.calls)
     layouts = [_find_layout(g, call.rule) for g, call in zip(gradients, capture.calls, strict=True)]
-    uses = Uses(capture.calls, layouts, reached - capture.opaque, PROBE_SAMPLES, workspace)
-    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
-    uses.add([gradients[i][0] + gradients[i][1] for i in uses.indices], found)
-    uses.finish(found)
-    closed, unproved = set(), set()
-    for name, total in found.items():
-        if _agree(total, exact[name], parameters[name].dtype):
-            closed.add(name)
-            if not bool(exact[name].any()):
-                unproved.add(name)
+    reached, closed, unproved = set[str](), set[str](), set[str]()
+    for portion in _portions(parameters, workspace):
+        exact = _exact(logits, portion)
+        uses = Uses(capture.calls, layouts, set(exact) - capture.opaque, PROBE_SAMPLES, workspace)
+        both = [gradients[i][0] + gradients[i][1] for i in uses.indices]
+        agreeing = _agreeing(uses, both, exact, portion)
+        reached |= set(exact)
+        closed |= agreeing
+        unproved |= {name for name in agreeing if not bool(exact[name].any())}
+        del exact  # the next portion comes into its place
     plan = Plan(layouts, closed, reached - closed, logits.shape[1:])
     plan.shapes = [call.shape for call in capture.calls]
     plan.unproved = unproved
     plan.tries = TRIES
     plan.work = sum(capture.work[1:]) // PROBE_SAMPLES
-    plan.head = not plan.generic and _head_agrees(capture, logits, plan, exact, workspace)
+    plan.head = not plan.generic and _head_agrees(capture, logits, plan, parameters, workspace)
     return signature(capture.calls, capture.opaque), plan
 
 
 def _head_agrees(
-    capture: Capture, logits: Tensor, plan: Plan, exact: Mapping[str, Tensor], workspace: int
+    capture: Capture,
+    logits: Tensor,
+    plan: Plan,
+    parameters: Mapping[str, Tensor],
+    workspace: int,
 ) -> bool:
     """Tell whether a linear layer ends the model and squares alone can be followed below it.
 
@@ -138,19 +145,32 @@ def _head_agrees(
         return False
     calls, layouts = capture.calls[:-1], plan.layouts[:-1]
     names = plan.closed - set(capture.calls[-1].names.values())
-    uses = Uses(calls, layouts, names, PROBE_SAMPLES, workspace)
-    found = {name: torch.zeros_like(exact[name]) for name in names}
-    if names:
-        uses.add(
-            backpropagate(below, uses.edges, (_direction(logits) @ weight).abs(), keep=True), found
-        )
-        uses.finish(found)
-    dtype = logits.dtype
-    return all(_agree(total, exact[name], dtype) for name, total in found.items())
+    direction = (_direction(logits) @ weight).abs()
+    squared = {name: parameter for name, parameter in parameters.items() if name in names}
+    for portion in _portions(squared, workspace):
+        uses = Uses(calls, layouts, set(portion), PROBE_SAMPLES, workspace)
+        found = backpropagate(below, uses.edges, direction, keep=True)
+        if _agreeing(uses, found, _exact(logits, portion), portion) != set(portion):
+            return False
+    return True
 
 
-def _agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
-    return bool((found - exact).abs().max() <= _AGREEMENT.get(dtype, 0.1) * exact.max())
+def _agreeing(
+    uses: Uses,
+    gradients: Sequence[Tensor | None],
+    exact: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+) -> set[str]:
+    """Return the names for which the closed forms give what is exact."""
+    found = {name: torch.zeros_like(exact[name]) for name in uses.names}
+    uses.add(gradients, found)
+    uses.finish(found)
+    agreeing = set()
+    for name, total in found.items():
+        loose = _AGREEMENT.get(parameters[name].dtype, 0.1)
+        if bool(total.sub_(exact[name]).abs_().max() <= loose * exact[name].max()):
+            agreeing.add(name)
+    return agreeing
 
 
 def _direction(logits: Tensor) -> Tensor:
@@ -164,35 +184,67 @@ def _direction(logits: Tensor) -> Tensor:
     )
 
 
-def _probe(
-    logits: Tensor, calls: Sequence[Call], parameters: Mapping[str, Tensor]
-) -> tuple[list[list[Tensor]], dict[str, Tensor], set[str]]:
-    """Backpropagate one direction from each sample by itself.
-
-    Returns, for each call, its two output gradients; for each parameter, the exact sum of squares;
-    and the names reached.
-    """
+def _alone(logits: Tensor) -> list[Tensor]:
+    """Return a direction for each of two samples by itself."""
     direction = _direction(logits)
-    edges = [call.edge for call in calls]
+    first, second = torch.zeros_like(direction), torch.zeros_like(direction)
+    first[0], second[1] = direction[0], direction[1]
+    return [first, second]
+
+
+def _output_gradients(logits: Tensor, calls: Sequence[Call]) -> list[list[Tensor]]:
+    """Return, for each call, the gradients at its output, from each sample by itself."""
     gradients: list[list[Tensor]] = [[] for _ in calls]
-    exact = {
-        name: torch.zeros_like(in_score_precision(p), requires_grad=False)
-        for name, p in parameters.items()
-    }
-    reached = set()
-    for n in range(PROBE_SAMPLES):
-        alone = torch.zeros_like(direction)
-        alone[n] = direction[n]
-        found = backpropagate(logits, [*edges, *parameters.values()], alone, keep=True)
-        for i, call in enumerate(calls):
-            gradient = found[i]
-            gradients[i].append(logits.new_zeros(call.shape) if gradient is None else gradient)
-        for name, gradient in zip(parameters, found[len(calls) :], strict=True):
-            if gradient is not None:
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                exact[name] += in_score_precision(dense).square()
-                reached.add(name)
-    return gradients, exact, reached
+    edges = [call.edge for call in calls]
+    for alone in _alone(logits) if calls else ():
+        found = backpropagate(logits, edges, alone, keep=True)
+        for into, call, gradient in zip(gradients, calls, found, strict=True):
+            into.append(logits.new_zeros(call.shape) if gradient is None else gradient)
+    return gradients
+
+
+def _portions(parameters: Mapping[str, Tensor], workspace: int) -> Iterator[dict[str, Tensor]]:
+    """Cut parameters into portions with a small part of the work space, one parameter at least.
+
+    Proof takes two copies of what it looks at, in the scores' precision.
+    """
+    portion: dict[str, Tensor] = {}
+    left = workspace // PORTIONS
+    for name, parameter in parameters.items():
+        left -= parameter.numel() * parameter.element_size()
+        if left < 0 and portion:
+            yield portion
+            portion = {}
+            left = workspace // PORTIONS - parameter.numel() * parameter.element_size()
+        portion[name] = parameter
+    if portion:
+        yield portion
+
+
+def _exact(logits: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the exact sum of squares, by autograd, of each parameter that is reached.
+
+    From the same directions as :func:`_output_gradients`.
+    """
+    exact: dict[str, Tensor] = {}
+    for alone in _alone(logits):
+        _add_squares(
+            exact, parameters, backpropagate(logits, [*parameters.values()], alone, keep=True)
+        )
+    return exact
+
+
+def _add_squares(
+    exact: dict[str, Tensor], names: Iterable[str], gradients: Sequence[Tensor | None]
+) -> None:
+    # A function of its own, as its gradients are to be gone before there are others.
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None:
+            dense = in_score_precision(gradient.to_dense() if gradient.is_sparse else gradient)
+            if name in exact:
+                exact[name].addcmul_(dense, dense)
+            else:
+                exact[name] = dense.square()
 
 
 def isolated(logits: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
