@@ -133,12 +133,14 @@ def _encode(tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return entry, {"dense": plain}
     flat = tensor.reshape(-1)
     kept = flat.view(_INTEGER_OF_WIDTH[tensor.itemsize]) != 0
-    gaps = _gaps(kept)
-    mask_bytes = -(-len(kept) // 8)
-    where = min(len(gaps), mask_bytes) + ENTRY_BYTES
-    if int(kept.sum()) * tensor.itemsize + where >= len(flat) * tensor.itemsize:
+    count, mask_bytes = int(kept.count_nonzero()), -(-len(kept) // 8)
+    # There is a gap at least for each value, so that gaps, which take room to find, need not be
+    # known where values are many.
+    gaps = _gaps(kept) if count < mask_bytes else None
+    where = mask_bytes if gaps is None else min(len(gaps), mask_bytes)
+    if count * tensor.itemsize + where + ENTRY_BYTES >= len(flat) * tensor.itemsize:
         return entry, {"dense": plain}
-    if len(gaps) < mask_bytes:
+    if gaps is not None and len(gaps) < mask_bytes:
         return entry, {"values": flat[kept], "gaps": gaps}
     return entry, {"values": flat[kept], "mask": pack_masks({"": kept})["bits"]}
 

@@ -105,6 +105,14 @@ def test_any_tensor_comes_back(tmp_path_factory, shape, density, dtype, seed) ->
     same_bits(load_compressed(path), state)
 
 
+def test_many_values_are_not_looked_for_one_by_one(tmp_path, monkeypatch) -> None:
+    """Their gaps would take eight times the room of the tensor, and never be the smallest form."""
+    monkeypatch.setattr(compressed, "_gaps", lambda kept: pytest.fail(f"{int(kept.sum())} values"))
+    state = {"half": torch.randn(4000) * (torch.arange(4000) % 2), "dense": torch.randn(40)}
+    save_compressed(state, tmp_path / "file")
+    same_bits(load_compressed(tmp_path / "file"), state)
+
+
 def test_long_runs_of_zeros_between_values(tmp_path) -> None:
     flat = torch.zeros(5000)
     flat[[0, 254, 255, 510, 765 + 255, 2000, 4999]] = torch.arange(1.0, 8.0)
