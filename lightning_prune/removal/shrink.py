@@ -152,11 +152,11 @@ class _Shrinking:
         """Cut until nothing more falls."""
         attentions = self._heads()
         while True:
-            before = self.patient.copy()
             plans = self._plans(None)
             if not plans:
                 self.report.whole.update(attentions)
                 return self.patient
+            before = self.patient.copy()
             why = self._try(plans)
             if why is None:
                 self.report.rounds += 1
@@ -172,8 +172,9 @@ class _Shrinking:
             if not isinstance(module, nn.MultiheadAttention):
                 continue
             why = attention.obstacle(module, any(uses[id(p)] > 1 for p in module.parameters()))
-            before = self.patient.copy()
-            if why is None and self.patient.behead(name):
+            if why is None and bool(attention.unneeded(module)[0].any()):
+                before = self.patient.copy()
+                self.patient.behead(name)
                 fault = self._fault()
                 if fault is None:
                     fell = True
@@ -187,13 +188,15 @@ class _Shrinking:
     def _one_by_one(self, roots: Sequence[str], why: str) -> None:
         fell = 0
         for root in roots:
-            before = self.patient.copy()
             plans = self._plans(root)
-            why_not = self._try(plans) if plans else None
+            if not plans:
+                continue
+            before = self.patient.copy()
+            why_not = self._try(plans)
             if why_not is not None:
                 self.patient = before
                 self.refused[root] = f"a cut model is not the same: {why_not}"
-            fell += bool(plans) and why_not is None
+            fell += why_not is None
         self.report.rounds += bool(fell)
         if not any(root in self.refused for root in roots) and not fell:
             raise RemovalError(

@@ -25,6 +25,7 @@ from lightning_prune import (
 from lightning_prune.masking.apply import zero_removed
 from lightning_prune.removal.attention import FewerHeads
 from lightning_prune.removal.proof import RemovalError
+from lightning_prune.removal.surgery import Patient
 
 E, HEADS, SIZE = 12, 4, 3
 
@@ -164,6 +165,17 @@ def test_an_attention_that_needs_all_of_its_heads_says_so() -> None:
     torch.manual_seed(0)
     _, report = shrink_with_report(Around().double(), example_inputs=x())
     assert "MultiheadAttention loses whole heads only" in report.whole["attention"]
+
+
+def test_a_model_is_copied_where_something_is_cut_only(model, monkeypatch) -> None:
+    copies = []
+    whole = Patient.copy
+    monkeypatch.setattr(Patient, "copy", lambda patient: copies.append(patient) or whole(patient))
+    shrink(model, example_inputs=x())
+    assert len(copies) == 1  # for the heads that fall
+    copies.clear()
+    shrink_with_report(Around().double(), example_inputs=x())
+    assert not copies
 
 
 def test_one_head_stays_of_those_that_are_not_needed() -> None:
