@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune._types import Likelihood
+from lightning_prune.passes.precision import widest
 
 Spread: TypeAlias = Literal["classes", "distance"]
 """How starved inputs are kept from being all alike: predicted classes take turns, or each next one
@@ -128,7 +129,7 @@ def starvation(logits: Tensor, likelihood: Likelihood = "categorical") -> Tensor
         tensor([2.5000e-01, 6.0890e-08], dtype=torch.float64)
     """
     z = logits.detach()
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    z = z.to(widest(z.device))
     if likelihood == "gaussian":
         return torch.ones_like(z.flatten(1)[:, 0]) if z.ndim > 1 else torch.ones_like(z)
     if likelihood == "bernoulli":

@@ -20,6 +20,7 @@ from lightning_prune.augment.mixing import BatchForm
 from lightning_prune.callbacks.reporting import log_metrics
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.isolation import unlogged
+from lightning_prune.passes.precision import widest
 
 
 class AdaptiveMix:
@@ -175,8 +176,7 @@ class AdaptiveMix:
         if trainer.world_size == 1:
             return self._training, self._held_out
         kinds = (self._training, self._held_out)
-        # The device's widest type: MPS has no float64.
-        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        dtype = widest(pl_module.device)
         sums = torch.tensor(
             [[k.count, k.total, k.squares] for k in kinds], dtype=dtype, device=pl_module.device
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from lightning_prune._targets import Threshold, describe_target
 from lightning_prune._types import Masks, Scores
 from lightning_prune.callbacks.pruning_state import PruningRecord
 from lightning_prune.masking import density, sparsity
+from lightning_prune.passes.precision import precise
 
 HISTOGRAM_SAMPLES = 1_000_000
 """A histogram looks at no more scores than this of a parameter, evenly spaced."""
@@ -204,7 +204,7 @@ def log_histograms(trainer: Trainer, scores: Scores, masks: Masks, prefix: str =
 def _spread(score: Tensor) -> Tensor:
     """Return the scores of a parameter in one row, thinned out evenly if there are too many."""
     flat = score.detach().reshape(-1)
-    return flat[:: max(1, -(-flat.numel() // HISTOGRAM_SAMPLES))].to(torch.float64)
+    return precise(flat[:: max(1, -(-flat.numel() // HISTOGRAM_SAMPLES))])
 
 
 _EXAMPLE = PruningRecord(

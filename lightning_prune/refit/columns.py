@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_prune.passes.precision import precise
 
 Linear: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """The layers whose output is columns times a matrix."""
@@ -78,17 +79,11 @@ def chunks(
         size = size // math.prod(module.stride)
     step = max(1, CHUNK_BYTES // (8 * max(1, size)))
     for start in range(0, len(inputs), step):
-        a = _columns(module, _precise(inputs[start : start + step]), bias=bias)
+        a = _columns(module, precise(inputs[start : start + step].detach()), bias=bias)
         if outputs is None:
             yield a, None
         else:
-            yield a, _positions(module, _precise(outputs[start : start + step]))
-
-
-def _precise(value: Tensor) -> Tensor:
-    # Not every device has float64 (MPS): what it lacks is summed on the CPU.
-    device = torch.device("cpu") if value.device.type == "mps" else value.device
-    return value.detach().to(device).double()
+            yield a, _positions(module, precise(outputs[start : start + step].detach()))
 
 
 def _columns(module: Linear, inputs: Tensor, *, bias: bool) -> Tensor:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune._types import Likelihood
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.outputs import check_classes
+from lightning_prune.passes.precision import widest
 from lightning_prune.refit.borrowing import borrowed
 from lightning_prune.refit.calibration import Calibration
 from lightning_prune.refit.merging import merge_batches
@@ -133,4 +133,4 @@ def divergence(model: nn.Module, calibration: Calibration, *, temperature: float
 
 def precise(tensor: Tensor) -> Tensor:
     """Return the tensor in float64, or in float32 on a device (MPS) that has none."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return tensor.to(widest(tensor.device))

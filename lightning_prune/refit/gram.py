@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.passes.precision import precise_device
 from lightning_prune.refit.columns import Linear, as_rows, chunks
 from lightning_prune.refit.layers import Layer
 
@@ -44,7 +45,7 @@ class Moments:
         """Return sums over nothing for a layer."""
         rows = as_rows(layer.module, layer.weight)
         size = rows.shape[2] + bias
-        device = torch.device("cpu") if rows.device.type == "mps" else rows.device
+        device = precise_device(rows.device)
         zeros = torch.zeros(
             rows.shape[0], size, size + rows.shape[1], dtype=torch.float64, device=device
         )

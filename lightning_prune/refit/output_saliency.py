@@ -21,6 +21,7 @@ from lightning_prune.exceptions import NonFiniteScoresError, SaliencyError
 from lightning_prune.passes.batches import batch_size
 from lightning_prune.passes.isolation import derived_seed, own_randomness
 from lightning_prune.passes.outputs import check_classes
+from lightning_prune.passes.precision import precise_device, widest
 from lightning_prune.refit.borrowing import device_of
 from lightning_prune.refit.class_directions import WORK, leading_directions
 from lightning_prune.refit.layers import Layer, watching
@@ -133,7 +134,7 @@ def _squares_by_row(layer: Layer, gradient: Tensor) -> tuple[Tensor, int]:
     thing.
     """
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    device = torch.device("cpu") if gradient.device.type == "mps" else gradient.device
+    device = precise_device(gradient.device)
     if isinstance(layer.module, nn.Linear):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return rows.to(device).double().square().sum(0), len(rows)
@@ -153,7 +154,7 @@ def _directions(
     one sample has several of (positions of dense predictions, many outputs) enters with random
     signs: the cross terms then vanish on average.
     """
-    z = logits.double() if logits.device.type != "mps" else logits
+    z = logits.to(widest(logits.device))
     z = z if likelihood == "gaussian" else z / temperature
     generator = torch.Generator().manual_seed(derived_seed("output saliency", index))
     if likelihood == "categorical":

@@ -7,7 +7,7 @@ Enters: batches. Leaves: :data:`~lightning_prune._types.Scores`. The sums live i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_prune._types import Forward, Likelihood, Scores
+from lightning_prune.passes.precision import precise_device
 from lightning_prune.saliency.engine import WORKSPACE, Engine
 from lightning_prune.saliency.parameters import check_scores
 from lightning_prune.saliency.registry import in_score_precision
@@ -104,6 +105,9 @@ def squared_gradients(
     return accumulator.checked_sums()
 
 
+COUNTS = ("samples_seen", "energy", "dropped")
+
+
 class SaliencyAccumulator(Metric):
     """Accumulate :func:`squared_gradients` batch by batch.
 
@@ -161,13 +165,21 @@ class SaliencyAccumulator(Metric):
                 self._add_sum(f"sum_{i}", zeros)
                 if signs is not None:
                     self._add_sum(f"variance_{i}", torch.zeros_like(zeros))
-            for name in ("samples_seen", "energy", "dropped"):
+            for name in COUNTS:
                 self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
 
     def _add_sum(self, name: str, zeros: Tensor) -> None:
         self.add_state(name, zeros, "sum")
         # What reset() clones: a single zero, not a copy as large as the scores.
         self._defaults[name] = zeros.new_zeros(()).expand(zeros.shape)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()
+    ) -> nn.Module:
+        """Move the states, but for counts in float64 to a device that has none."""
+        device = fn(torch.zeros(())).device
+        stay = () if precise_device(device) == device else COUNTS
+        return super()._apply(fn, (*exclude_state, *stay))
 
     def reset(self) -> None:
         """Start from nothing."""

@@ -26,6 +26,7 @@ from lightning_prune.passes.batches import (
     take_samples,
     unwrap_logits,
 )
+from lightning_prune.passes.precision import precise_device
 from lightning_prune.saliency.capture import Capture, backpropagate
 from lightning_prune.saliency.given_logits import GivenLogits, usable
 from lightning_prune.saliency.grouping import group_rows, whole_batch
@@ -283,6 +284,7 @@ class Engine:
             direction = squares_below(softmax, weight, self.target, self.workspace).sqrt_()
             uses.add(backpropagate(below, uses.edges, direction.to(below.dtype)), totals)
             uses.finish(totals)
+        squares = squares.to(precise_device(squares.device))
         return float(squares.sum(dtype=torch.float64))
 
     def _add_by_given(

@@ -40,7 +40,7 @@ class Group:
         """Return the gradients of the output, (K, n, *logits.shape[1:]), in the logits' dtype."""
         passes = int(self.order.max()) + 1 if len(self.order) else 0
         out = logits.new_zeros(passes, *logits.shape)
-        out[self.order, self.place] = self.source.vectors(self.rows).to(logits.dtype)
+        out[self.order, self.place] = self.source.vectors(self.rows).to(logits)
         return out
 
 

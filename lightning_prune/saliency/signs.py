@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune._types import Likelihood
+from lightning_prune.passes.precision import precise
 from lightning_prune.saliency.target import Target, check_finite, check_labels, output_weights
 
 
@@ -59,10 +60,10 @@ def random_rows(
     """
     check_finite(logits)
     check_labels(logits, labels, target, likelihood)
-    z = logits.detach().double()
+    z = precise(logits.detach())
     signs = torch.randint(0, 2, z.shape, generator=generator).to(z).mul_(2).sub_(1)
     if likelihood != "categorical":
-        return (signs * output_weights(z, target, likelihood, labels)).to(logits.dtype)
+        return (signs * output_weights(z, target, likelihood, labels)).to(logits)
     terms = signs * output_weights(z, target, likelihood, labels)
     p = z.softmax(1)
-    return (terms - terms.sum(1, keepdim=True) * p).to(logits.dtype)
+    return (terms - terms.sum(1, keepdim=True) * p).to(logits)

@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_prune._types import Likelihood
 from lightning_prune.exceptions import NonFiniteScoresError
 from lightning_prune.passes.outputs import IGNORED_LABEL, check_classes, ignored_positions
+from lightning_prune.passes.precision import precise, precise_device
 from lightning_prune.saliency.rows import Rows, independent_rows, rotated_rows, term_rows
 from lightning_prune.saliency.softmax import Softmax
 
@@ -67,7 +68,7 @@ def output_rows(
     check_target(target, likelihood)
     check_finite(logits)
     check_labels(logits, labels, target, likelihood)
-    z = logits.detach()
+    z = logits.detach().to(precise_device(logits.device))
     if likelihood != "categorical":
         return independent_rows(output_weights(z.double(), target, likelihood, labels), tolerance)
     z = _flat(z)
@@ -99,12 +100,12 @@ def class_rows(logits: Tensor, target: Target) -> Tensor:
     """
     check_finite(logits)
     check_labels(logits, None, target, "categorical")
-    softmax = Softmax.of(logits.detach().double())
+    softmax = Softmax.of(precise(logits.detach()))
     p = softmax.p
     weight = p if target == "probability" else p.sqrt()
     terms = weight.t()[:, :, None] * -p
     terms.diagonal(dim1=0, dim2=2).copy_(weight * (1 - p).scatter(1, softmax.top, softmax.rest))
-    return terms.to(logits.dtype)
+    return terms.to(logits)
 
 
 def check_finite(logits: Tensor) -> None:
@@ -210,7 +211,11 @@ def _class_weights(p: Tensor, target: Target, logits: Tensor, labels: Tensor | N
     """Return the weights (M, C) of the terms of a target that sums over classes."""
     weight = p if target == "probability" else p.sqrt()
     ignored = ignored_positions(logits, labels)
-    return weight if ignored is None else weight.masked_fill(ignored.reshape(-1, 1), 0.0)
+    return (
+        weight
+        if ignored is None
+        else weight.masked_fill(ignored.reshape(-1, 1).to(weight.device), 0.0)
+    )
 
 
 def _label_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -220,7 +225,7 @@ def _label_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tens
     """
     if labels is None:
         raise ValueError(f"Expected labels for target={target!r} but got None.")
-    labels = labels.reshape(-1)
+    labels = labels.reshape(-1).to(p.device)
     ignored = labels == IGNORED_LABEL
     classes = labels.long().masked_fill(ignored, 0)[:, None]
     weight = p.gather(1, classes) if target == "label_probability" else torch.ones_like(p[:, :1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune._types import Masks, Scores
+from lightning_prune.passes.precision import widest
 
 
 def complete_masks(scores: Scores, masks: Masks | None) -> Masks:
@@ -72,4 +73,4 @@ def weakest_first(keys: Tensor) -> Tensor:
 
 def summable(score: Tensor) -> Tensor:
     """Return the score in the widest float type of its device, to add up without a loss."""
-    return score.detach().to(torch.float32 if score.device.type == "mps" else torch.float64)
+    return score.detach().to(widest(score.device))
