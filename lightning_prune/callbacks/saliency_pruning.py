@@ -26,7 +26,7 @@ from lightning_prune.callbacks.scoring import ScoringOptions, is_fitting
 from lightning_prune.callbacks.shrinking import Shrinking
 from lightning_prune.masking import sparsity
 from lightning_prune.refit import Refit, refit_method
-from lightning_prune.saliency import Target
+from lightning_prune.saliency import RandomSigns, Target
 from lightning_prune.schedules import Schedule, as_schedule
 from lightning_prune.selection import CriterionLike, Selection, resolve_criterion
 
@@ -47,23 +47,23 @@ class SaliencyPruningCallback(Callback):
             target is the share of all prunable weights removed by then, in [0, 1), or
             :class:`~lightning_prune.Threshold`.
         criterion: ``"taylor"`` (w^2 R), ``"obs"``, ``"obc"`` (second order, for linear layers and
-            convolutions; go with ``refit``), ``"saliency"`` (R, the published score),
-            ``"magnitude"``, ``"random"``, or a callable (scores, parameters) -> scores. The ranking
-            by w^2 R is far better than that by R. Magnitude and random need no scoring pass and no
-            validation.
+            convolutions; go with ``refit``), ``"saliency"`` (R, the published score; far worse),
+            ``"magnitude"``, ``"random"``, or a callable (scores, parameters) -> scores. Magnitude
+            and random need no scoring pass and no validation.
         target: Which R, as in :func:`~lightning_prune.squared_gradients`.
         likelihood: What the model's output means, as there.
         tolerance: The share of the score's output energy that may be left out to save time.
+        signs: Estimate R by random signs, where pixels or tokens predict: exact R takes too long.
         forward: ``forward(module, batch) -> logits`` for batches that the default cannot read.
         parameters: Names, or patterns such as ``"features.*"``, of the parameters to prune; by
             default the weights of all layers with two or more axes, neither biases nor norms.
         exclude: Names or patterns of parameters to leave out of these.
-        masks: Masks to begin with, by parameter name, ``True`` = kept, such as ``prune`` returns:
-            in force from the first step on. The masks of a checkpoint come before them.
+        masks: Those in force from the first step on, by parameter name, ``True`` = kept, such as
+            ``prune`` returns. The masks of a checkpoint come before them.
         selection: What is removed as one piece, over what a share is measured, what every layer
-            keeps, whether weights may come back; see :class:`~lightning_prune.Selection`. By
-            default single weights over all layers, and no layer is emptied.
-        rewind: What is gone back to at every event; by default the training just goes on.
+            keeps, whether weights come back (:class:`~lightning_prune.Selection`); by default
+            single weights over all layers, and no layer is emptied.
+        rewind: What is gone back to at every event; by default training goes on.
         refit: Correct the surviving weights at every event, by the inputs that are scored, so that
             the network stays close to what it was just before: ``"outputs"`` its predictions, by
             Gauss-Newton steps; ``"layers"`` each layer's pre-activations, by a closed form, which
@@ -86,8 +86,6 @@ class SaliencyPruningCallback(Callback):
 
     Example:
         >>> pruner = SaliencyPruningCallback({2: 0.5, 4: 0.8})
-        >>> pruner.schedule
-        EpochSchedule(targets={2: 0.5, 4: 0.8})
         >>> pruner.sparsity, pruner.history
         (0.0, [])
     """
@@ -102,6 +100,7 @@ class SaliencyPruningCallback(Callback):
         target: Target = "probability",
         likelihood: Likelihood = "categorical",
         tolerance: float = 1e-3,
+        signs: RandomSigns | None = None,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
         parameters: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -119,7 +118,7 @@ class SaliencyPruningCallback(Callback):
         self.schedule = as_schedule(schedule)
         names = pruning_arguments.as_names(parameters=parameters, exclude=exclude)
         self._names, self._exclude = names
-        options = ScoringOptions(target, likelihood, tolerance, forward)
+        options = ScoringOptions(target, likelihood, tolerance, forward, signs)
         self._pruner = Pruner(
             schedule=self.schedule,
             clock=Clock(every_n_train_steps),

@@ -25,8 +25,14 @@ from lightning_prune.callbacks.resumption import validation_batches
 from lightning_prune.callbacks.shards import Shard, validation_loaders
 from lightning_prune.callbacks.step_outputs import StepOutputs
 from lightning_prune.exceptions import NonFiniteScoresError
-from lightning_prune.saliency import SaliencyAccumulator, Target, default_forward
+from lightning_prune.saliency import (
+    RandomSigns,
+    SaliencyAccumulator,
+    Target,
+    default_forward,
+)
 from lightning_prune.saliency.parameters import check_scores
+from lightning_prune.saliency.signs import check_signs
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,14 @@ class ScoringOptions:
 
     Raises:
         ValueError: An argument is not among its values; the message lists every fault.
-        TypeError: ``forward`` cannot be called.
+        TypeError: ``forward`` cannot be called, or ``signs`` is no RandomSigns.
     """
 
     target: Target = "probability"
     likelihood: Likelihood = "categorical"
     tolerance: float = 1e-3
     forward: Forward | None = None
+    signs: RandomSigns | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -60,6 +67,7 @@ class ScoringOptions:
             faults.append(f"Expected argument `tolerance` to be in [0, 1), but got {tolerance!r}.")
         if faults:
             raise ValueError(" ".join(faults))
+        check_signs(self.signs)
         if self.forward is not None and not callable(self.forward):
             raise TypeError(
                 "Expected argument `forward` to be a callable (module, batch) -> logits, but got "
@@ -75,6 +83,7 @@ class ScoringOptions:
             tolerance=self.tolerance,
             forward=self.forward,
             parameters=names,
+            signs=self.signs,
         )
 
 
@@ -103,7 +112,7 @@ class ScoringPass:
         self._accumulator = options.accumulator(module, names)
         self._seconds = 0.0
         self._outputs = StepOutputs(module, watch=options.forward is None)
-        self._forward = options.forward
+        self._forward, self._draws = options.forward, options.signs is not None
         self._shard: Shard | None = None
         self._pool = Pool()
         self._seen: set[tuple[int, int]] = set()
@@ -216,11 +225,12 @@ class ScoringPass:
     def state(self) -> dict[str, Any] | None:
         """Return the sums so far in plain tensors and containers, for :meth:`load_state`.
 
-        ``None`` where several processes score: a checkpoint holds what one of them knows. The
-        resumed run then scores all batches anew, see :meth:`complete`. What waits in a pool counts
-        as not seen: its batches come again, in the same pool.
+        ``None`` where several processes score, as a checkpoint holds what one of them knows, and
+        where signs are drawn at random, each after those before. The resumed run then scores all
+        batches anew, see :meth:`complete`. What waits in a pool counts as not seen: its batches
+        come again, in the same pool.
         """
-        if _is_distributed():
+        if _is_distributed() or self._draws:
             return None
         mine = self._accumulator
         return {

@@ -17,7 +17,7 @@ from lightning_prune.offline.generated import Trial, group_divergences
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Calibration, Refit, hold_out, obs_prices, refit_survivors
-from lightning_prune.saliency import Target, squared_gradients
+from lightning_prune.saliency import RandomSigns, Target, squared_gradients
 from lightning_prune.selection import Criterion, Selection
 from lightning_prune.selection.ranking import complete_masks
 
@@ -32,6 +32,7 @@ class Scoring:
     target: Target
     likelihood: Likelihood
     tolerance: float
+    signs: RandomSigns | None
     forward: Forward
 
     def __call__(self, batches: list[Any], masks: Masks) -> tuple[Scores, Scores | None]:
@@ -45,6 +46,7 @@ class Scoring:
                     target=self.target,
                     likelihood=self.likelihood,
                     tolerance=self.tolerance,
+                    signs=self.signs,
                     forward=self.forward,
                     parameters=names,
                 )

@@ -26,7 +26,8 @@ from lightning_prune.passes.isolation import evaluating, random_state_kept, unlo
 from lightning_prune.passes.outputs import doubt_of_classes, without_ignored
 from lightning_prune.passes.teacher import Teacher
 from lightning_prune.refit import Refit, refit_method
-from lightning_prune.saliency import Target
+from lightning_prune.saliency import RandomSigns, Target
+from lightning_prune.saliency.signs import check_signs
 from lightning_prune.selection import Criterion, CriterionLike, Selection, resolve_criterion
 
 
@@ -43,6 +44,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     target: Target = "probability",
     likelihood: Likelihood = "categorical",
     tolerance: float = 1e-3,
+    signs: RandomSigns | None = None,
     forward: Forward | None = None,
     parameters: list[str] | None = None,
     exclude: list[str] | None = None,
@@ -80,6 +82,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         target: Which R, as in :func:`~lightning_prune.squared_gradients`.
         likelihood: What the model's output means, as there.
         tolerance: The share of the score's output energy that may be left out to save time.
+        signs: Estimate R by random signs: pixels or tokens each predict, exact R takes too long.
         forward: ``forward(module, batch) -> logits`` for batches that the default cannot read.
         parameters: Names or patterns of the parameters to prune; by default all weights of layers.
         exclude: Names or patterns of parameters to leave out of these.
@@ -110,6 +113,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         88
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: its names are another model's
+    check_signs(signs)
     ranking = resolve_criterion(criterion, seed=seed)
     selection = Selection() if selection is None else selection
     prunable = find_prunable(model, parameters, exclude=exclude)
@@ -119,7 +123,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
     method = refit_method(refit)
     forward = without_ignored(default_forward if forward is None else forward, likelihood)
     real = read_batches(batches, seed)
-    scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, forward)
+    scoring = Scoring(model, chosen, ranking, target, likelihood, tolerance, signs, forward)
     descent = Descent(scoring, selection, method)
     doubts = [layers_left_out(prunable.left_out)]
     if ranking.needs_scores or ranking.needs_prices or method:

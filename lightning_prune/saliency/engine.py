@@ -38,7 +38,7 @@ from lightning_prune.saliency.registry import in_score_precision
 from lightning_prune.saliency.rows import Rows
 from lightning_prune.saliency.rules import generic
 from lightning_prune.saliency.rules.linear import Linear
-from lightning_prune.saliency.signs import RandomSigns, random_rows
+from lightning_prune.saliency.signs import RandomSigns, check_signs, random_rows
 from lightning_prune.saliency.target import (
     Target,
     check_finite,
@@ -117,6 +117,7 @@ class Engine:
         self.tolerance = tolerance
         self.forward = default_forward if forward is None else forward
         self.workspace = workspace
+        check_signs(signs)
         self.signs = signs
         self._generator = None if signs is None else signs.generator()
         self.parameters = named_tensors(model, parameters)

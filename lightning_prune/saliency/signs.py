@@ -47,6 +47,15 @@ class RandomSigns:
         return torch.Generator().manual_seed(self.seed)
 
 
+def check_signs(signs: object) -> None:
+    """Raise TypeError unless ``signs`` is what it can be."""
+    if signs is not None and not isinstance(signs, RandomSigns):
+        raise TypeError(
+            f"Expected argument `signs` to be a RandomSigns, such as RandomSigns(draws=8), or None "
+            f"for exact scores, but got {signs!r}."
+        )
+
+
 def random_rows(
     logits: Tensor,
     target: Target,

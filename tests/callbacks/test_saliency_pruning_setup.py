@@ -53,6 +53,7 @@ def refused(pruner, error, match, *, model=None, data=None, **kwargs) -> str:
         ({"tolerance": 1.0}, ValueError, "tolerance"),
         ({"tolerance": "0.1"}, ValueError, "tolerance"),
         ({"forward": "net"}, TypeError, "forward"),
+        ({"signs": 8}, TypeError, "RandomSigns"),
         ({"parameters": "net.0.weight"}, TypeError, "parameters"),
         ({"schedule": {2: 1.0}}, ValueError, "epoch 2"),
         ({"schedule": {2: 0.8, 4: 0.5}}, ValueError, "decrease"),

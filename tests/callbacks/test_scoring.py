@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from lightning_prune import SaliencyPruningCallback
+from lightning_prune import RandomSigns, SaliencyPruningCallback
 from lightning_prune.callbacks.scoring import ScoringOptions, ScoringPass
 from lightning_prune.callbacks.shards import unrepeated
 from lightning_prune.saliency import SaliencyAccumulator, squared_gradients
@@ -193,6 +193,19 @@ def test_a_process_without_samples_takes_part() -> None:
     trainer = fit_of(processes=2)
     trainer.strategy.reduce = lambda tensor, reduce_op: tensor + 1
     assert torch.equal(scoring.finish(trainer).scores["0.weight"], torch.ones(8, 1, 3, 3))
+
+
+def test_random_signs_are_those_of_a_pass_without_a_trainer() -> None:
+    model, x, signs = Counting().eval(), torch.randn(32, 1, 8, 8), RandomSigns(draws=3, seed=5)
+    scoring = ScoringPass(model, ["0.weight"], ScoringOptions(signs=signs))
+    with torch.no_grad():
+        model(x)
+    scoring.add(x)
+    found = scoring.finish(fit_of()).scores["0.weight"]
+    expected = squared_gradients(model, [x], parameters=["0.weight"], signs=signs)["0.weight"]
+    assert torch.equal(found, expected)
+    exact = squared_gradients(model, [x], parameters=["0.weight"])["0.weight"]
+    assert not torch.allclose(found, exact, rtol=1e-3)
 
 
 # In the middle of a validation

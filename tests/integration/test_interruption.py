@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lightning_prune import Rewind, SaliencyPruningCallback
+from lightning_prune import RandomSigns, Rewind, SaliencyPruningCallback
 
 STEPS, EPOCHS, BATCH = 5, 6, 64
 EVENTS = {0: 0.3, 2: 0.6, 5: 0.8}
@@ -34,6 +34,7 @@ PRUNERS: dict[str, tuple[dict[int, float], dict[str, Any]]] = {
     "by the validation's scores": (EVENTS, {}),
     "by magnitude": (EVENTS, {"criterion": "magnitude"}),
     "by the scores of another loader": (EVENTS, {"scoring_loader": "scoring_loader"}),
+    "by random signs": (EVENTS, {"signs": RandomSigns(draws=2)}),
     "rewound": ({2: 0.6, 5: 0.8}, {"rewind": Rewind(epoch=1)}),
 }
 """Schedules, and arguments of the pruner."""
@@ -99,6 +100,9 @@ CASES = {
         f"resumed from within {hook}": Case("on_validation_end", 15, inside=hook, plain=True)
         for hook in ("on_validation_batch_start", "validation_step", "on_validation_batch_end")
     },
+    "resumed from within a validation, by random signs": Case(
+        "on_validation_end", 15, inside="validation_step", pruner="by random signs"
+    ),
     "resumed from within the last validation": Case(
         "on_validation_end", 30, inside="validation_step"
     ),

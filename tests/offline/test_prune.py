@@ -544,3 +544,15 @@ def test_positions_that_labels_leave_out_count_for_nothing(criterion, refit) -> 
     assert (real - with_padding).abs().max() < 1e-3
     assert criterion == "magnitude" or not torch.equal(real == 0, misled == 0)
     assert not refit or (real - misled).abs().max() > 0.01
+
+
+def test_scores_can_be_estimated(model, batches) -> None:
+    signs = lightning_prune.RandomSigns(draws=2, seed=3)
+    scores = squared_gradients(
+        copy.deepcopy(model).eval(), batches, parameters=["0.weight", "2.weight"], signs=signs
+    )
+    masks = prune(model, batches, sparsity=0.5, criterion="saliency", signs=signs)
+    expected = Selection()(scores, 0.5).masks
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    with pytest.raises(TypeError, match="RandomSigns"):
+        prune(model, batches, sparsity=0.5, signs=8)
