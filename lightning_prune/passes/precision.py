@@ -1,4 +1,4 @@
-"""Float64 where there is none: what a device lacks is computed on the CPU."""
+"""What a device lacks is computed on the CPU: float64, sums that repeat to the bit."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def precise(tensor: Tensor) -> Tensor:
 def widest(device: torch.device) -> torch.dtype:
     """Return the widest floating point type of a device, for what has to stay there."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def running_sum(values: Tensor) -> Tensor:
+    """Return the running sum over axis 0.
+
+    On the CPU where deterministic algorithms are asked for: CUDA has none for it, and raises.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(0).to(values.device)
+    return values.cumsum(0)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_prune.passes.precision import running_sum
+
 TOLERANCE = 1e-3
 """The share of the squares, summed over the samples, that the directions left out may have."""
 
@@ -45,7 +47,7 @@ def leading_directions(logits: Tensor, most: int) -> Iterator[Tensor]:
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(jacobian))
     means = (vectors * q[:, :, None]).sum(1)
     squares = (values.square() + means.square() * others.square().sum(1, keepdim=True)).sum(0)
-    left = squares.flip(0).cumsum(0).flip(0)  # without this direction and all after it
+    left = running_sum(squares.flip(0)).flip(0)  # without this direction and all after it
     for k in range(max(1, int((left > TOLERANCE * left[0]).sum()))):
         direction = others * -means[:, k, None]
         yield direction.scatter_(1, classes, values[:, k, None] * vectors[:, :, k])

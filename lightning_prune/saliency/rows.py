@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.passes.precision import running_sum
 from lightning_prune.saliency.softmax import Softmax
 
 ROTATED_CLASSES = 12
@@ -191,6 +192,6 @@ def largest(energy: Tensor, allowance: float) -> tuple[Tensor, float]:
     if allowance <= 0:
         return (energy > 0).nonzero().squeeze(1), 0.0
     ordered, order = energy.sort()
-    running = ordered.cumsum(0)
+    running = running_sum(ordered)
     count = int((running <= allowance).sum())
     return order[count:].sort().values, float(running[count - 1]) if count else 0.0

@@ -44,7 +44,8 @@ def split_like(flat: Tensor, scores: Scores) -> Masks:
 def smallest(keys: Tensor, count: int) -> Tensor:
     """Mark exactly ``count`` of the smallest keys; of equal keys those at the end come first.
 
-    Linear in the number of keys: one selection of the k-th smallest, no sort.
+    Linear in the number of keys: one selection of the k-th smallest, no sort (but where
+    deterministic algorithms are asked for).
 
     Example:
         >>> smallest(torch.tensor([1.0, 1.0, 2.0]), 1)
@@ -52,7 +53,10 @@ def smallest(keys: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(keys, dtype=torch.bool)
-    cut = keys.kthvalue(count).values
+    if torch.are_deterministic_algorithms_enabled():  # which older torch lacks for kthvalue on CUDA
+        cut = keys.sort().values[count - 1]
+    else:
+        cut = keys.kthvalue(count).values
     marked = keys < cut
     equal = torch.nonzero(keys == cut).squeeze(1)
     marked[equal[equal.numel() - (count - int(marked.sum())) :]] = True

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from lightning_prune import SaliencyAccumulator
+from lightning_prune import SaliencyAccumulator, squared_gradients
 from lightning_prune.passes import precision
+from lightning_prune.refit.class_directions import leading_directions
+from lightning_prune.selection.ranking import smallest
+from tests.cases import make
 
 
 def test_where_float64_is() -> None:
@@ -24,3 +28,21 @@ def test_counts_of_a_metric_stay_where_float64_is(monkeypatch) -> None:
     assert accumulator.samples_seen.device == accumulator.energy.device == torch.device("cpu")
     monkeypatch.setattr(precision, "WITHOUT_FLOAT64", ())
     assert accumulator.to("meta").samples_seen.is_meta
+
+
+@pytest.fixture
+def deterministic():
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_find_the_same(deterministic) -> None:
+    model, x = make("conv2d")
+    z, keys = torch.randn(5, 4), torch.tensor([2.0, 1.0, -torch.inf, 1.0, torch.nan, 0.0])
+    found = []
+    for on in (False, True):
+        deterministic(on)
+        scores = squared_gradients(model, [x], tolerance=1e-2)
+        marked = [smallest(keys, count) for count in range(1, 6)]
+        found.append([*scores.values(), *leading_directions(z, 4), *marked])
+    assert all(map(torch.equal, *found))
