@@ -205,7 +205,7 @@ def validation_faults(
     """
     if events is not None and not events:
         return []
-    way_out = "Or choose criterion='magnitude', which needs none."
+    way_out = "Or give `scoring_loader`, or choose criterion='magnitude', which needs none."
     if not trainer.enable_validation:
         what = (
             "but limit_val_batches is 0"
@@ -246,7 +246,7 @@ def refuse_empty_validation(trainer: Trainer, criterion: str) -> None:
     if trainer.val_dataloaders is not None and sum(trainer.num_val_batches) == 0:
         raise PruningSetupError(
             f"criterion={criterion!r} is scored on the validation batches, but the validation "
-            "loader holds none. Give it data, or choose criterion='magnitude'."
+            "loader holds none. Give it data, or `scoring_loader`, or choose criterion='magnitude'."
         )
 
 
