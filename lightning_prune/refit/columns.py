@@ -58,6 +58,7 @@ def chunks(
         positions.
 
     Example:
+        >>> import torch
         >>> conv = nn.Conv1d(2, 4, 3, padding=1, bias=False)
         >>> x = torch.randn(5, 2, 7)
         >>> (a, z), = chunks(conv, x, conv(x).detach())

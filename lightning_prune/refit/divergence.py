@@ -36,6 +36,7 @@ class Output:
     network".
 
     Example:
+        >>> import torch
         >>> z, dense = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -1.0]])
         >>> output = Output("categorical")
         >>> f"{output.divergence(z, dense).item():.4f}"
@@ -111,6 +112,7 @@ def divergence(model: nn.Module, calibration: Calibration, *, temperature: float
         ValueError: There are no samples, or ``temperature`` is no number > 0.
 
     Example:
+        >>> import torch
         >>> from lightning_prune.passes.teacher import Teacher
         >>> model = nn.Linear(2, 3)
         >>> calibration = Calibration(Teacher.of(model), [torch.ones(4, 2)], [])
