@@ -73,7 +73,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             takes the outputs where there are 2,000 real samples, else the layers. A tenth of
             the samples is held out, and a correction that makes these worse is refused.
         generator: A VAE, or anything with ``sample(n)``: its inputs join scoring and refit. They
-            have to look like the inputs in ``batches``.
+            have to look like the inputs in ``batches``, and to be others at each call: it is called
+            for one batch after the other.
         generated: How many; by default as many as there are real samples, but at least 1,000.
             ``"auto"`` tries 0, 250, 1,000 and 2,000 in ways down that are taken back, and
             takes the number that keeps real samples left out of these closest to the dense model;
