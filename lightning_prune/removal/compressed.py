@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.masking.apply import INTEGER_OF_WIDTH as _INTEGER_OF_WIDTH
+from lightning_prune.masking.apply import INTEGER_OF_WIDTH
 from lightning_prune.masking.packing import pack_masks, unpack_masks
 
 FORMAT, VERSION = "lightning_prune.compressed", "1"
@@ -132,7 +132,7 @@ def _encode(tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if tensor.is_complex() or not tensor.numel():
         return entry, {"dense": plain}
     flat = tensor.reshape(-1)
-    kept = flat.view(_INTEGER_OF_WIDTH[tensor.itemsize]) != 0
+    kept = flat.view(INTEGER_OF_WIDTH[tensor.itemsize]) != 0
     count, mask_bytes = int(kept.count_nonzero()), -(-len(kept) // 8)
     # There is a gap at least for each value, so that gaps, which take room to find, need not be
     # known where values are many.
@@ -169,7 +169,7 @@ def _decode(entry: Mapping[str, Any], pieces: Mapping[str, Tensor]) -> Tensor:
             f"for {len(kept)} places"
         )
     flat = torch.zeros(size, dtype=dtype)
-    integer = _INTEGER_OF_WIDTH[dtype.itemsize]  # as numbers of 8 bits are not indexed everywhere
+    integer = INTEGER_OF_WIDTH[dtype.itemsize]  # as numbers of 8 bits are not indexed everywhere
     flat.view(integer)[kept] = values.view(integer)
     return flat.view(shape)
 

@@ -211,11 +211,9 @@ def _class_weights(p: Tensor, target: Target, logits: Tensor, labels: Tensor | N
     """Return the weights (M, C) of the terms of a target that sums over classes."""
     weight = p if target == "probability" else p.sqrt()
     ignored = ignored_positions(logits, labels)
-    return (
-        weight
-        if ignored is None
-        else weight.masked_fill(ignored.reshape(-1, 1).to(weight.device), 0.0)
-    )
+    if ignored is None:
+        return weight
+    return weight.masked_fill(ignored.reshape(-1, 1).to(weight.device), 0.0)
 
 
 def _label_terms(p: Tensor, target: Target, labels: Tensor | None) -> tuple[Tensor, Tensor]:
