@@ -6,6 +6,7 @@ State left behind, inference mode, low precision, mixed samples, unseen paramete
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_prune.saliency.rules.generic import add_squared_gradients
 from tests import reference
 from tests.cases import CASES, make
 from tests.device_reads import DeviceReads
+from tests.two_processes import join_group
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -408,3 +410,21 @@ def test_a_scripted_part_is_scored_like_the_module_it_was_made_from() -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=0)
+
+
+# Several processes
+
+
+def test_a_process_scores_for_itself(tmp_path: Path) -> None:
+    """Only the first calls it: nobody is waited for, and the sum is that of one process."""
+    torch.multiprocessing.spawn(_score_on_the_first, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _score_on_the_first(rank: int, store: str) -> None:
+    model, x = make("mlp")
+    alone = squared_gradients(model, [x])
+    join_group(rank, store)
+    if rank == 0:
+        found = squared_gradients(model, [x])
+        assert all(torch.equal(found[name], score) for name, score in alone.items())
+    torch.distributed.destroy_process_group()
