@@ -24,6 +24,7 @@ from lightning_prune.callbacks.preflight import PruningSetupError, refuse_traine
 from lightning_prune.callbacks.reporting import give_back, without_lent
 from lightning_prune.callbacks.running_means import RunningMeans
 from lightning_prune.callbacks.saliency_pruning import pruners_of
+from lightning_prune.passes.batches import read_labels
 from lightning_prune.passes.teacher import Teacher
 
 
@@ -43,11 +44,11 @@ class DistillationCallback(Callback):
     hooks and counters see two passes, of which the student's is the last. What ``forward`` logs
     by ``self.log`` is the student's only.
 
-    The divergence is the mean over the predictions of a call, so it stands beside a loss that is a
-    mean too, as torch's are by default. With ``accumulate_grad_batches``, mixed precision and DDP
-    it is divided, scaled and averaged as Lightning does it with the loss. With manual optimization
-    it joins what goes through ``self.manual_backward``, and a loss that is divided by hand has a
-    term that is not.
+    The divergence is the mean over the predictions of a call, those labelled -100 left out, so it
+    stands beside a loss that is a mean too, as torch's are by default. With
+    ``accumulate_grad_batches``, mixed precision and DDP it is divided, scaled and averaged as
+    Lightning does it with the loss. With manual optimization it joins what goes through
+    ``self.manual_backward``, and a loss that is divided by hand has a term that is not.
 
     Without a pruner in the Trainer the dense network is the model at the start of the fit. Once the
     model is pruned, later fits with this callback keep the dense network that they have; as long as
@@ -166,7 +167,7 @@ class DistillationCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._term.listen()
+        self._term.listen(read_labels(batch))
 
     @override
     def on_before_backward(
@@ -194,7 +195,7 @@ class DistillationCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._term.listening, self._term.factor = False, None
+        self._term.end_step()
         if self._passed and not self._term.called:
             children = [name for name, _ in pl_module.named_children()]
             raise PruningSetupError(

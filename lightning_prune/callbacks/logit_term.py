@@ -22,6 +22,7 @@ from lightning_prune.callbacks.preflight import PruningSetupError
 from lightning_prune.exceptions import BatchFormatError
 from lightning_prune.passes.batches import change_tensors, unwrap_logits
 from lightning_prune.passes.isolation import own_randomness, unlogged
+from lightning_prune.passes.outputs import ignored_positions
 from lightning_prune.passes.teacher import Teacher
 
 
@@ -55,6 +56,7 @@ class LogitTerm:
         self._handles: list[RemovableHandle] = []
         self._depth = self._level = 0
         self._answer: Tensor | None = None
+        self._labels: Tensor | None = None
         self._name = ""
         self._took_part: Callable[[Tensor], None] | None = None
         self._loggers: list[nn.Module] = []
@@ -88,12 +90,17 @@ class LogitTerm:
         """Leave nothing behind on the module."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._loggers, self._took_part, self.factor = [], [], None, None
-        self.listening = self.called = False
+        self._handles, self._loggers, self._took_part = [], [], None
+        self.end_step()
+        self.called = False
 
-    def listen(self) -> None:
-        """Begin a training step."""
-        self.listening, self._depth = True, 0
+    def listen(self, labels: Tensor | None) -> None:
+        """Begin a training step on samples with these labels, if they have any."""
+        self.listening, self._depth, self._labels = True, 0, labels
+
+    def end_step(self) -> None:
+        """Listen to nothing until the next one."""
+        self.listening, self.factor, self._labels = False, None, None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy hangs on no module.
@@ -102,6 +109,7 @@ class LogitTerm:
             "_handles": [],
             "_took_part": None,
             "_loggers": [],
+            "_labels": None,
             "listening": False,
         }
 
@@ -130,11 +138,23 @@ class LogitTerm:
         # Where the call is checkpointed, torch counts what is saved for its backward pass and would
         # miss this when it repeats the call: kept out of its sight.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            student, dense = self._predictions(student, dense)
+            if not student.numel():
+                return
             loss = distillation_loss(student, dense, self.likelihood, self.temperature)
             (gradient,) = torch.autograd.grad(loss, leaf)
         if self.dense.teacher is not None:
             hook = self._mixture(loss.detach(), gradient)
             logits.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _predictions(self, student: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both without the positions that the labels leave out: what is left is (M, C)."""
+        if self.likelihood != "categorical":
+            return student, dense
+        ignored = ignored_positions(student, self._labels)
+        if ignored is None:
+            return student, dense
+        return student.movedim(1, -1)[~ignored], dense.movedim(1, -1)[~ignored]
 
     def _counts(self) -> bool:
         """Whether the call that begins or has ended is one of the student's in a training step."""

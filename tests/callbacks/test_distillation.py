@@ -246,6 +246,35 @@ def test_logits_of_other_kinds_and_shapes(likelihood) -> None:
     )
 
 
+def test_positions_that_labels_leave_out_have_no_term() -> None:
+    class Tokens(Model):
+        """Two predictions of five classes a sample; its loss is 0 and keeps the logits."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x).reshape(-1, 5, 2)
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            self.kept = self(batch[0])
+            self.kept.retain_grad()
+            return 0.0 * self.kept.sum()
+
+    x = digits()[0][:BATCH]
+    labels = torch.zeros(BATCH, 2, dtype=torch.long)
+    labels[::3, 1] = labels[5] = -100
+    model, recorder = Tokens(), Recorder()
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[callback(), recorder])
+    trainer.fit(model, DataLoader(TensorDataset(x, labels), BATCH))
+    student, teacher = Model(), Model()
+    student.load_state_dict(recorder.weights[0])
+    z, t = (net.net(x).detach().double().reshape(-1, 5, 2) for net in (student, teacher))
+    p, q = (t / TEMPERATURE).softmax(1), (z / TEMPERATURE).softmax(1)
+    counted = (labels != -100)[:, None]
+    expected = counted * TEMPERATURE * (q - p) / counted.sum()  # the closed form
+    torch.testing.assert_close(model.kept.grad.double(), WEIGHT * expected, rtol=1e-4, atol=1e-7)
+    kd = TEMPERATURE**2 * (counted * p * (p.log() - q.log())).sum() / counted.sum()
+    assert trainer.callback_metrics["distill/loss"] == pytest.approx(float(kd), rel=1e-4)
+
+
 def test_a_weight_of_zero_leaves_the_training_as_it_is() -> None:
     class Dropping(Model):
         def __init__(self) -> None:
