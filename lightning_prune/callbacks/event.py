@@ -19,6 +19,7 @@ from lightning_prune.callbacks import reporting
 from lightning_prune.callbacks.pruning_state import PendingEvent, PruningRecord, make_record
 from lightning_prune.callbacks.refitting import Refitter
 from lightning_prune.callbacks.scoring import refused_in
+from lightning_prune.masking import unread_rows
 from lightning_prune.selection import Criterion, Selected, Selection
 
 
@@ -31,6 +32,7 @@ class Chosen:
         scores: The criterion's, by which it was chosen.
         before: The masks until then.
         selected: The masks from then on, and what the guard has kept.
+        unread: What to warn of look-up tables, if anything.
         seconds: The time it took to choose.
     """
 
@@ -38,6 +40,7 @@ class Chosen:
     scores: Scores
     before: Masks
     selected: Selected
+    unread: str | None
     seconds: float
 
     def record(self, step: int, seconds: float) -> PruningRecord:
@@ -95,7 +98,10 @@ class Chooser:
             scores = self.criterion(raw, parameters)
             saliency = raw if self.criterion.needs_scores else None
             selected = self.selection(scores, event.target, masks=masks, saliency=saliency)
-        return Chosen(event, scores, masks, selected, time.perf_counter() - start)
+        unread = None
+        if saliency is not None:
+            unread = unread_rows(module, saliency, masks, selected.masks)
+        return Chosen(event, scores, masks, selected, unread, time.perf_counter() - start)
 
 
 def tell(trainer: Trainer, chosen: Chosen, record: PruningRecord, prefix: str) -> None:
@@ -103,4 +109,6 @@ def tell(trainer: Trainer, chosen: Chosen, record: PruningRecord, prefix: str) -
     rank_zero_info(reporting.event_line(record))
     if guarded := chosen.selected.guarded:
         rank_zero_warn(reporting.guarded_line(record["epoch"], guarded, record["density"]))
+    if chosen.unread is not None:
+        rank_zero_warn(f"Epoch {record['epoch']}: {chosen.unread}")
     reporting.log_histograms(trainer, chosen.scores, chosen.before, prefix)

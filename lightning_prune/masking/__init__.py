@@ -11,6 +11,7 @@ from lightning_prune.masking.apply import MaskKeeper, zero_removed
 from lightning_prune.masking.packing import pack_masks, unpack_masks
 from lightning_prune.masking.prunable import Prunable, find_prunable, layers_left_out
 from lightning_prune.masking.statistics import SparsityMetric, count_removed, density, sparsity
+from lightning_prune.masking.tables import unread_rows
 
 __all__ = [
     "MaskKeeper",
@@ -23,5 +24,6 @@ __all__ = [
     "pack_masks",
     "sparsity",
     "unpack_masks",
+    "unread_rows",
     "zero_removed",
 ]

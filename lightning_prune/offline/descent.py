@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune._types import Forward, Likelihood, Masks, Scores
-from lightning_prune.masking import count_removed, zero_removed
+from lightning_prune.masking import count_removed, unread_rows, zero_removed
 from lightning_prune.offline.generated import Trial, group_divergences
 from lightning_prune.passes.isolation import evaluating
 from lightning_prune.passes.teacher import Teacher
@@ -66,6 +66,23 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What a way down has led to.
+
+    Attributes:
+        masks: Those in force at its end.
+        guarded: The parameters that the guard spared.
+        left: What no refit corrected, and why.
+        unread: What to warn of look-up tables.
+    """
+
+    masks: Masks
+    guarded: list[str]
+    left: dict[str, str]
+    unread: list[str]
+
+
+@dataclass(frozen=True)
 class Descent:
     """A model on its way down from its dense self; a call is one way down, in stages.
 
@@ -86,8 +103,8 @@ class Descent:
         masks: Masks | None,
         real: list[Any],
         extra: list[Any],
-    ) -> tuple[Masks, list[str], dict[str, str]]:
-        """Prune along a path; return the masks, what the guard spared, and what no refit corrected.
+    ) -> Pruned:
+        """Prune along a path.
 
         If anything goes wrong the model is somewhere on its way: ``dense``, which is the model as
         it is now, can take it back.
@@ -97,16 +114,21 @@ class Descent:
         calibration = self._calibration(dense, fit, held_out, extra)
         masks = complete_masks(dict(parameters), masks)
         corrected, left, guarded = set[str](), dict[str, str](), list[str]()
+        unread: list[str] = []
         for share in path:
             scores, saliency = self.scoring([*real, *extra], masks)
             selected = self.selection(scores, share, masks=masks, saliency=saliency)
+            if saliency is not None:
+                found = unread_rows(model, saliency, masks, selected.masks)
+                unread += [found] if found else []
             masks, guarded = selected.masks, selected.guarded
             zero_removed(parameters, masks)
             if self.method is not None and count_removed(masks)[0]:
                 report = refit_survivors(model, masks, calibration, self.method)
                 corrected.update(report.refitted)
                 left = report.left
-        return masks, guarded, {n: why for n, why in left.items() if n not in corrected}
+        left = {n: why for n, why in left.items() if n not in corrected}
+        return Pruned(masks, guarded, left, unread)
 
     def trial(self, path: list[float], masks: Masks | None) -> Trial:
         """Return a way down that is taken back: batches -> how far it leads from the dense model.

@@ -100,7 +100,8 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
             (or ``"obc"``) has no price for.
         NonFiniteScoresError: A score is not finite.
 
-    Warns about parameters that no stage's refit could correct, and says why.
+    Warns about parameters that no stage's refit could correct, and says why; and about rows of
+    look-up tables that go because no sample has read them.
 
     Cost: a stage takes the time of one scoring pass (about one forward and backward pass over the
     batches), and of the refit where there is one.
@@ -170,21 +171,23 @@ def _descended(
     model = descent.scoring.model
     dense = Teacher.of(model)
     try:
-        masks, guarded, left = descent(dense, path, masks, real, extra)
-        if guarded:
+        pruned = descent(dense, path, masks, real, extra)
+        if pruned.guarded:
             warnings.warn(
-                f"{', '.join(guarded)} would have lost too much; the guard against collapse "
+                f"{', '.join(pruned.guarded)} would have lost too much; the guard against collapse "
                 "left them more than the ranking asks for.",
                 stacklevel=3,
             )
-        if notes := [f"{name}: {why}" for name, why in left.items()]:
+        if notes := [f"{name}: {why}" for name, why in pruned.left.items()]:
             warnings.warn(
                 f"The refit left some parameters as they were. {'; '.join(notes)}", stacklevel=3
             )
+        for unread in pruned.unread:
+            warnings.warn(unread, stacklevel=3)
     except BaseException:  # a warning may be one, too
         dense.restore(model)
         raise
-    return masks
+    return pruned.masks
 
 
 def _path(
