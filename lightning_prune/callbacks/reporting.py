@@ -20,6 +20,9 @@ from lightning_prune.passes.precision import precise
 HISTOGRAM_SAMPLES = 1_000_000
 """A histogram looks at no more scores than this of a parameter, evenly spaced."""
 
+ON_ONE_LINE = 6
+"""So many parameters are told of on one line; of a transformer each has its own."""
+
 
 def event_line(record: PruningRecord) -> str:
     """Return an event as a sentence.
@@ -74,8 +77,29 @@ def table(history: list[PruningRecord]) -> str:
             f"{100 * record['sparsity']:>8.1f} %{record['kept']:>14,}{cut:>11}"
             f"{record['samples'] or '-':>9}{record['seconds']:>9.1f}"
         )
-    left = ", ".join(f"{name} {100 * d:.1f} %" for name, d in history[-1]["density"].items())
-    return "\n".join([*rows, f"Left in each parameter: {left}"])
+    return "\n".join([*rows, *_left(history[-1]["density"])])
+
+
+def _left(density: Mapping[str, float]) -> list[str]:
+    """Return how much is left of each parameter: on one line, or of many on one line each.
+
+    Example:
+        >>> for line in _left({f"layers.{i}.weight": i / 10 for i in range(4, 11)}):
+        ...     print(line)
+        Left in each parameter:
+          layers.4.weight     40.0 %
+          layers.5.weight     50.0 %
+          layers.6.weight     60.0 %
+          layers.7.weight     70.0 %
+          layers.8.weight     80.0 %
+          layers.9.weight     90.0 %
+          layers.10.weight   100.0 %
+    """
+    head = "Left in each parameter:"
+    if len(density) <= ON_ONE_LINE:
+        return [f"{head} {', '.join(f'{name} {100 * d:.1f} %' for name, d in density.items())}"]
+    width = max(map(len, density))
+    return [head, *(f"  {name:<{width}}{100 * d:>8.1f} %" for name, d in density.items())]
 
 
 def metrics(
