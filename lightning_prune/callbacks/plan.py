@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lightning_prune._lines import by_reason
 from lightning_prune._targets import Target, Threshold, count_faults, describe_target
 from lightning_prune.masking import find_prunable
 from lightning_prune.schedules import Schedule, planned_targets
-
-SHOWN = 4
-"""The table names no more parameters than this for a reason; ``left_out`` has them all."""
 
 
 class PlannedEvent(NamedTuple):
@@ -87,7 +85,8 @@ class PruningPlan:
         plural = "" if len(self.parameters) == 1 else "s"
         lines = [f"Pruned: {len(self.parameters)} parameter{plural} with {self.total:,} weights"]
         lines += [f"  {name:<{width}}  {size:>13,}" for name, size in self.parameters.items()]
-        lines += self._left_out_lines()
+        lines += ["Left out:"] * bool(self.left_out)
+        lines += [f"  {line}" for line in by_reason(self.left_out)]
         if self.already:
             lines.append(f"Removed already: {self.already:,}")
         if self.events is None:
@@ -98,17 +97,6 @@ class PruningPlan:
             f"{self.unit:>7}{'target':>11}{'removes':>13}{'removed by then':>17}{'left':>13}"
         )
         return "\n".join([*lines, *map(self._row, self.events)])
-
-    def _left_out_lines(self) -> list[str]:
-        """Return one line a reason: a deep network has hundreds of biases, and few reasons."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
-            names.setdefault(reason, []).append(name)
-        return ["Left out:"] * bool(names) + [
-            f"  {reason}: {', '.join(some[:SHOWN])}"
-            + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
-            for reason, some in names.items()
-        ]
 
     def _row(self, event: PlannedEvent) -> str:
         cells = ["by scores"] * 3

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lightning_prune._lines import by_reason
+
 
 @dataclass
 class RemovalReport:
@@ -54,5 +56,5 @@ class RemovalReport:
         lines += [f"  {name}: {a} -> {b} heads" for name, (a, b) in self.heads.items()]
         lines += [f"  {name}: {note}" for name, notes in self.notes.items() for note in notes]
         lines += [f"  {name} has a bias now" for name in self.new_biases]
-        lines += [f"  {name} kept whole: {why}" for name, why in self.whole.items()]
+        lines += [f"  kept whole, {line}" for line in by_reason(self.whole)]
         return "\n".join(lines)

@@ -5,14 +5,16 @@ Enters: a model, example inputs, perhaps a ``forward``. Leaves: tensors, in a fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.passes.batches import outside_inference_mode
 from lightning_prune.removal.proof import RemovalError
@@ -21,8 +23,55 @@ Run: TypeAlias = Callable[[nn.Module, Any], list[Tensor]]
 """``run(model, inputs)``: the tensors in the model's output."""
 
 
+READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+"""Operations that hand a number or a truth value of a tensor to Python."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """Inputs, and what a forward that asks its tensors yes or no is told when run on them.
+
+    Args:
+        inputs: What the model takes.
+        answers: In the order of the questions. Later ones are answered by the tensors.
+    """
+
+    inputs: Any
+    answers: tuple[bool, ...]
+
+
+class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers the questions that a forward asks its tensors (``if tensor.any():``), as told.
+
+    Attributes:
+        answers: Those given so far.
+    """
+
+    def __init__(self, told: Sequence[bool] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._told = tuple(told)
+        self.answers: tuple[bool, ...] = ()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if str(func._schema.name) not in READS or type(result) is not bool:
+            return result
+        if len(self.answers) < len(self._told):
+            result = self._told[len(self.answers)]
+        self.answers += (result,)
+        return result
+
+
 def runner(forward: Callable[[nn.Module, Any], Any] | None) -> Run:
     """Return the function that runs a model on inputs and lists the tensors of its output.
+
+    It takes :class:`Answered` inputs, too.
 
     Args:
         forward: ``forward(model, inputs)``; by default a tensor is the model's one argument, a
@@ -30,6 +79,9 @@ def runner(forward: Callable[[nn.Module, Any], Any] | None) -> Run:
     """
 
     def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+        if isinstance(inputs, Answered):
+            with Questions(inputs.answers):
+                return run(model, inputs.inputs)
         if forward is not None:
             output = forward(model, inputs)
         elif isinstance(inputs, Mapping):

@@ -21,7 +21,7 @@ from lightning_prune._types import Masks
 from lightning_prune.passes.isolation import eager, own_randomness, plain_attention
 from lightning_prune.removal import attention, layers
 from lightning_prune.removal.constants import observe
-from lightning_prune.removal.control_flow import check_control_flow
+from lightning_prune.removal.control_flow import ways_through
 from lightning_prune.removal.dead_units import Plan, plan
 from lightning_prune.removal.graph import Graph, load_torch_pruning
 from lightning_prune.removal.outcome import RemovalReport
@@ -115,8 +115,8 @@ def shrink_with_report(
         own = floats_as(example_inputs, None)
         example = floats_as(own, torch.float64) if exact else own
         given = probes(example)
-        check_control_flow(patient.model, given, run)
-        unlike = variants(example, patient.model, run)
+        ways = ways_through(patient.model, given, run)
+        unlike = [*variants(example, patient.model, run), *ways]
         report = RemovalReport(parameters_before=_size(model), exact=exact)
         patient = _Shrinking(patient, given, unlike, run, round_to, report).result()
         small = patient.finished(model)

@@ -182,18 +182,24 @@ class Gate(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "branch" and x.mean() > 0:
+        if self.kind == "number" and x.mean():
             return x * 2
         if self.kind == "item":
             return x * x.sum().item()
+        while self.kind == "loop" and x.abs().max() > 1.0:
+            x = x / 2
+        if self.kind == "fails" and x.isnan().any():
+            raise ValueError("not a number")
         return F.dropout(x, 0.5, training=True) if self.kind == "random" else x
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("branch", r"'2' \(Gate\) reads a number"),
+        ("number", r"'2' \(Gate\) reads a number"),
         ("item", r"'2' \(Gate\) reads a number"),
+        ("loop", r"at most 8 ways, but '2' \(Gate\) asks"),
+        ("fails", r"'2' \(Gate\) asks its tensors .* fails: ValueError: not a number"),
         ("random", "draws random numbers"),
     ],
 )
@@ -201,6 +207,40 @@ def test_a_forward_that_depends_on_the_data_is_refused(kind: str, why: str) -> N
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Gate(kind), nn.Linear(6, 2))
     with pytest.raises(RemovalError, match=why):
         shrink(model, example_inputs=X)
+
+
+def asking(m: Any, x: Tensor, weights: Tensor) -> Tensor:
+    """Take the short way where all weights are 1, as models with a padding mask do."""
+    hidden = m.a(x).relu()
+    if (weights == 1).all():
+        return m.b(hidden)
+    hidden = m.c(hidden).relu() if "c" in m._modules else hidden
+    return m.b(hidden) * (weights > 0).any() * weights
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_all_ways_that_a_forward_takes_by_asking_are_proved(ones: bool) -> None:
+    model = Mapped({"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)}, asking)
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+    weights = torch.ones(5, 1) if ones else torch.arange(5.0)[:, None]
+    small = shrink(model, example_inputs=(X, weights))
+    assert small.a.out_features == 3
+    for some in (torch.ones(5, 1), torch.arange(5.0)[:, None], torch.zeros(5, 1)):
+        torch.testing.assert_close(small(X, some), model(X, some), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_what_another_way_needs_is_not_cut(ones: bool) -> None:
+    parts = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 2), "c": nn.Linear(6, 6)}
+    model = Mapped(parts, asking)
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0  # what the long way reads by c all the same
+    weights = torch.ones(5, 1) if ones else torch.arange(5.0)[:, None]
+    small, _ = shrink_with_report(model, example_inputs=(X, weights))
+    assert small.a.out_features == 6
+    for some in (torch.ones(5, 1), torch.arange(5.0)[:, None]):
+        torch.testing.assert_close(small(X, some), model(X, some), rtol=1e-5, atol=1e-6)
 
 
 def test_a_way_that_another_input_takes_is_named() -> None:
@@ -328,7 +368,8 @@ def test_the_report_says_what_fell_and_what_did_not() -> None:
     for part in (
         "layer.linear1: 32 ->",
         "layer.self_attn: 2 -> 1 heads",
-        "into kept whole",
+        "kept whole, its units are outputs of the model: head",
+        "a LayerNorm is not cut: layer.linear2, into",
         "rounds",
         "parameters",
     ):
