@@ -42,10 +42,10 @@ class Net(L.LightningModule):
 
 
 class Deciding(Net):
-    """Its forward depends on the data, so that it cannot be traced."""
+    """Its forward depends on a number in the data, so that it cannot be traced."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.sum() > 0 else -x)
+        return super().forward(x if x.sum().item() > 0 else -x)
 
 
 class Raises(L.Callback):

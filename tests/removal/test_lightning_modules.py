@@ -171,10 +171,10 @@ def test_it_goes_with_a_vae_and_a_short_trial() -> None:
 
 def test_what_cannot_be_made_smaller_is_a_warning_after_the_fit() -> None:
     class Deciding(Digits):
-        """Its forward depends on the data, so no trace shows all of it."""
+        """Its forward depends on a number in the data, so no trace shows all of it."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) if x.sum() > 0 else self.net(-x)
+            return self.net(x) if x.sum().item() > 0 else self.net(-x)
 
     model, pruner = Deciding(), units(shrink_at_end=True)
     with warnings.catch_warnings(record=True) as caught:
