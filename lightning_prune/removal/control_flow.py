@@ -110,17 +110,16 @@ def _trace(
         label = f"{name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}"
         handles.append(module.register_forward_pre_hook(recorder.entering(label)))
         handles.append(module.register_forward_hook(recorder.leave))
+    fault, cause = None, None
     try:
         with recorder, questions:
-            run(model, inputs)
+            outputs = run(model, inputs)
+        if any(bool(output.isnan().any()) for output in outputs):
+            fault = "it returns NaN"  # with which everything would agree
     except Exception as error:
         if not told:
             raise
-        raise RemovalError(
-            f"Expected a forward that is the same for all data, but {_asking(recorder.steps)} asks "
-            f"its tensors (`if tensor:`), and where the answer is another one the model fails: "
-            f"{type(error).__name__}: {error}. Shrink the modules around it one by one."
-        ) from error
+        fault, cause = f"{type(error).__name__}: {error}", error
     finally:
         for handle in handles:
             handle.remove()
@@ -131,6 +130,12 @@ def _trace(
             f"a tensor ({operation}; `float(tensor)` or `.item()` do so), and what it does then no "
             "trace shows. Shrink the modules around it one by one."
         )
+    if told and fault is not None:
+        raise RemovalError(
+            f"Expected a forward that is the same for all data, but {_asking(recorder.steps)} asks "
+            f"its tensors (`if tensor:`), and where the answer is another one the model fails: "
+            f"{fault}. Shrink the modules around it one by one."
+        ) from cause
     return recorder.steps, questions.answers
 
 

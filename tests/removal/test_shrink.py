@@ -190,6 +190,8 @@ class Gate(nn.Module):
             x = x / 2
         if self.kind == "fails" and x.isnan().any():
             raise ValueError("not a number")
+        if self.kind == "nan" and (x < 0).any():
+            return x / 0.0 * 0.0
         return F.dropout(x, 0.5, training=True) if self.kind == "random" else x
 
 
@@ -200,6 +202,7 @@ class Gate(nn.Module):
         ("item", r"'2' \(Gate\) reads a number"),
         ("loop", r"at most 8 ways, but '2' \(Gate\) asks"),
         ("fails", r"'2' \(Gate\) asks its tensors .* fails: ValueError: not a number"),
+        ("nan", r"'2' \(Gate\) asks its tensors .* fails: it returns NaN"),
         ("random", "draws random numbers"),
     ],
 )
