@@ -315,7 +315,7 @@ class Engine:
             logits = given.logits
         rows = self._rows(logits.detach(), batch)
         plan = self._plans.latest
-        for group in group_rows(rows, self.workspace, plan.launch, plan.width):
+        for group in group_rows(rows, self.workspace, plan.launch, plan.width, plan.alone):
             part = take_samples(batch, group.samples)
             with Capture(self.parameters) as capture:
                 found = self._run(part)

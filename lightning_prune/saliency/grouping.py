@@ -44,7 +44,9 @@ class Group:
         return out
 
 
-def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Group]:
+def group_rows(
+    rows: Rows, workspace: int, launch: float, width: int, alone: bool = False
+) -> list[Group]:
     """Cut the rows of a batch into groups.
 
     The gradients of the outputs of one group take at most a quarter of the workspace.
@@ -56,6 +58,7 @@ def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Gr
         width: Bytes that the output gradients of all captured calls take for one sample; those of
             one group take at most a quarter of the workspace, which leaves room for what autograd
             holds between them.
+        alone: Some parameters are scored by running each sample of a group by itself as well.
     """
     if not len(rows.prediction):
         return []
@@ -65,8 +68,13 @@ def group_rows(rows: Rows, workspace: int, launch: float, width: int) -> list[Gr
     most = max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
     room = max(1, workspace // (4 * max(1, width)))
     cuts, cost = _cuts(counts.tolist(), launch)
-    if int(counts[0]) > most or cost > len(sample) * (FORWARD + BACKWARD) + launch:
-        return _single_rows(rows, min(rows.shape[0], most, room))
+    size = min(rows.shape[0], most, room)
+    single = len(sample) * (FORWARD + BACKWARD) + -(-len(sample) // size) * 2 * launch
+    if alone:
+        cost += len(present) * (FORWARD + launch)
+        single += len(sample) * (FORWARD + launch)
+    if int(counts[0]) > most or cost > single:
+        return _single_rows(rows, size)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     place = rank.repeat_interleave(counts[rank])

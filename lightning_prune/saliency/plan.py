@@ -62,6 +62,11 @@ class Plan:
         """What starting a pass costs, in forward passes of one sample."""
         return LAUNCH_WORK * len(self.layouts) / max(1, self.work)
 
+    @property
+    def alone(self) -> bool:
+        """Whether some parameters need each sample run by itself as well."""
+        return bool(self.generic)
+
     def fits(self, calls: Sequence[Call], samples: int) -> bool:
         """Tell whether every call holds as many positions a sample as when the plan was made.
 

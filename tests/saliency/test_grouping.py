@@ -59,3 +59,25 @@ def test_a_costly_start_makes_fewer_groups(launch: float) -> None:
     rows = output_rows(6 * torch.randn(200, 10, dtype=torch.float64), tolerance=1e-4)
     groups = group_rows(rows, 2**28, launch=launch, width=1)
     assert (len(groups) > 3) == (launch < 1)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_sample_with_many_rows_is_not_run_once_for_each(alone: bool) -> None:
+    """Pixels and tokens: as many rows for each of few samples, so one forward pass will do."""
+    torch.manual_seed(0)
+    rows = output_rows(torch.randn(3, 5, 40, dtype=torch.float64))
+    (group,) = group_rows(rows, 2**28, launch=100.0, width=1, alone=alone)
+    assert sorted(group.samples.tolist()) == [0, 1, 2]
+
+
+def test_a_sample_is_not_repeated_where_it_is_run_by_itself_as_well() -> None:
+    """Of ten samples one has 400 rows: repeating it fills passes, but each repeat runs it again."""
+    logits = torch.zeros(10, 2, 400, dtype=torch.float64)
+    logits[1:, 0, 1:] = 1000.0  # nothing in doubt there
+    rows = output_rows(logits)
+    assert len(rows.prediction) == 409
+    runs = {
+        alone: sum(len(g.samples) for g in group_rows(rows, 2**28, 2.0, 1, alone))
+        for alone in (False, True)
+    }
+    assert runs == {False: 409, True: 10}
