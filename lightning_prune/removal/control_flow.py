@@ -7,6 +7,7 @@ depends on the numbers in its tensors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def _traces(
     ahead: list[tuple[bool, ...]] = [()]
     while ahead:
         told = ahead.pop()
-        steps, answers = _trace(model, inputs, told, run)
+        # A way that these inputs do not take may leave behind what they never would.
+        steps, answers = _trace(copy.deepcopy(model) if told else model, inputs, told, run)
         found[answers] = steps, not told
         if len(found) > WAYS:
             raise RemovalError(

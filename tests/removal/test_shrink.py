@@ -233,6 +233,25 @@ def test_all_ways_that_a_forward_takes_by_asking_are_proved(ones: bool) -> None:
         torch.testing.assert_close(small(X, some), model(X, some), rtol=1e-5, atol=1e-6)
 
 
+def test_a_way_that_the_example_does_not_take_leaves_nothing_behind() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if (x > 100.0).any():
+                self.scale = self.scale * 2
+            return x * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Remembers(), nn.Linear(6, 2))
+    nn.init.zeros_(model[3].weight[:, :3])
+    small, report = shrink_with_report(model, example_inputs=X)
+    assert report.parameters_after < report.parameters_before
+    assert model[2].scale == small[2].scale == 1.0
+    same(model, small)
+
+
 @pytest.mark.parametrize("ones", [True, False])
 def test_what_another_way_needs_is_not_cut(ones: bool) -> None:
     parts = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 2), "c": nn.Linear(6, 6)}
