@@ -10,9 +10,9 @@ Tiny random networks of Hugging Face's classes, six samples, sequences padded.
   compute in float32 in places whatever their weights are (LLaMA, Mamba) agree to that.
 - *no refit, layers, outputs*: half of the weights of linear layers and convolutions removed in two
   stages by "obc"; the divergence from the dense network, in nats, on the samples fitted to. Weights
-  are eight times as large as drawn: outputs would hardly hang on inputs. ResNet's, RegNet's and
-  Mamba's logits are huge then and their softmax all or nothing: there a refit by outputs has no
-  slope to follow, and one by layers, which is checked layer by layer, can end further off.
+  are eight times as large as drawn: outputs would hardly hang on inputs. ResNet's and
+  RegNet's logits are 2e4 and 3e9 then and their softmax all or nothing: there a refit by outputs
+  has no slope to follow, and one by layers, which is checked layer by layer, can end further off.
 - *shrink*: every second row of each linear layer and convolution zeroed; parameters before and
   after, and the largest difference of the outputs. GPT-2 and Mamba have layers of their own making,
   which are left as they are.
