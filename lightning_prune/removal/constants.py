@@ -6,7 +6,6 @@ model runs on several inputs and the numbers are read where they arrive.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.removal import layers
+from lightning_prune.removal.calls import copied
 from lightning_prune.removal.running import Run
 
 _SAME = 1e-12  # relative: a vectorised tanh differs from a scalar one in the last bit
@@ -61,7 +61,7 @@ def observe(
             with _watching(model, seen):
                 run(model, each)
         for each in unlike:
-            twin = copy.deepcopy(model)
+            twin = copied(model)
             with _watching(twin, seen):
                 run(twin, each)
     return {id(model.get_submodule(name)): arriving for name, arriving in seen.items()}

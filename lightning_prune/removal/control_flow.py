@@ -1,28 +1,37 @@
 """What one trace cannot show: a forward that takes another way for other data.
 
 Enters: a model and several inputs of the same shapes. Leaves: the other ways it takes by asking its
-tensors yes or no, each as inputs with answers; or an error that names the module whose forward
-depends on the numbers in its tensors.
+tensors yes or no, each as the answers that lead there; or an error that names the module whose
+forward depends on the numbers in its tensors.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_prune.removal.calls import copied
+from lightning_prune.removal.probes import telling
 from lightning_prune.removal.proof import RemovalError, disagreement
 from lightning_prune.removal.running import READS, Answered, Questions, Run
 
 WAYS = 8
 """A forward may take so many ways; one with more is refused."""
 
+_Answers = tuple[bool, ...]
 
-def ways_through(model: nn.Module, inputs: Sequence[Any], run: Run) -> list[Answered]:
-    """Return all ways that a forward takes by what it asks its tensors, but for the one it takes.
+_Step = tuple[str, str]
+"""A module, and an operation of its forward."""
+
+_SHRINK_AROUND = "Shrink the modules around it one by one."
+
+
+def ways_through(model: nn.Module, inputs: Sequence[Any], run: Run) -> list[_Answers]:
+    """Return the ways that a forward takes by what it asks its tensors, but for the first input's.
 
     A question is one that is answered by yes or no: ``if (mask == 0).any():``. On each way the
     model has to do the same, in the same order, for all inputs.
@@ -33,55 +42,57 @@ def ways_through(model: nn.Module, inputs: Sequence[Any], run: Run) -> list[Answ
         run: How it is run.
 
     Returns:
-        Each of the inputs with each row of answers that they do not give themselves; nothing, if
-        the model asks nothing.
+        The answers that lead to each of the other ways; nothing, if the model asks nothing.
 
     Raises:
         RemovalError: A module's forward reads a number out of a tensor, takes another way for other
             inputs without asking, fails on a way or takes more than ``WAYS``, or draws random
             numbers in eval mode.
     """
-    first: dict[tuple[bool, ...], list[_Step]] = {}
-    others = []
+    steps: dict[_Answers, list[_Step]] = {}
+    ways: list[_Answers] = []
     for each in inputs:
-        for answers, (steps, natural) in _traces(model, each, run).items():
-            _compare(first.setdefault(answers, steps), steps)
-            if not natural:
-                others.append(Answered(each, answers))
-    off, where = disagreement(run(model, inputs[0]), run(model, inputs[0]))
-    if off:
-        raise RemovalError(
-            f"Expected the same output from the same input twice in eval mode, but {where} differed"
-            f" by {off:.1e}: the model draws random numbers or keeps a state."
-        )
+        for answers, found in _traces(model, each, run).items():
+            _compare(steps.setdefault(answers, found), found)
+            ways.append(answers)
+    own, *others = dict.fromkeys(ways)
+    for answers in (own, *others):
+        one, two = (run(copied(model), Answered(inputs[0], answers)) for _ in range(2))
+        off, where = disagreement(one, two)
+        if off:
+            raise RemovalError(
+                "Expected the same output from the same input twice in eval mode, but "
+                f"{where} differed by {off:.1e}: the model draws random numbers or keeps a state."
+            )
     return others
 
 
-_Step = tuple[str, str]
-"""A module, and an operation of its forward."""
-
-
-def _traces(
-    model: nn.Module, inputs: Any, run: Run
-) -> dict[tuple[bool, ...], tuple[list[_Step], bool]]:
-    """Return answers -> the steps of that way, and whether these are the inputs' own answers."""
-    found: dict[tuple[bool, ...], tuple[list[_Step], bool]] = {}
-    ahead: list[tuple[bool, ...]] = [()]
+def _traces(model: nn.Module, inputs: Any, run: Run) -> dict[_Answers, list[_Step]]:
+    """Return the steps of each way by the answers that lead there, the inputs' own way first."""
+    found: dict[_Answers, list[_Step]] = {}
+    ahead: list[_Answers] = [()]
     while ahead:
         told = ahead.pop()
         # A way that these inputs do not take may leave behind what they never would.
-        steps, answers = _trace(copy.deepcopy(model) if told else model, inputs, told, run)
-        found[answers] = steps, not told
+        steps, answers = _trace(copied(model) if told else model, inputs, told, run)
+        found[answers] = steps
         if len(found) > WAYS:
-            raise RemovalError(
-                f"Expected a forward of at most {WAYS} ways, but {_asking(steps)} asks its tensors "
-                "more often (`if tensor:`, `while tensor:`). Shrink the modules around it one by "
-                "one."
-            )
+            raise _too_many(_asked(steps)[-1])
         ahead += [
             (*answers[:place], not answers[place]) for place in range(len(told), len(answers))
         ]
     return found
+
+
+def _too_many(module: str) -> RemovalError:
+    return RemovalError(
+        f"Expected a forward of at most {WAYS} ways, but {module} asks its tensors more often "
+        f"(`if tensor:`, `while tensor:`). {_SHRINK_AROUND}"
+    )
+
+
+def _asked(steps: list[_Step]) -> list[str]:
+    return [module for module, operation in steps if operation in READS]
 
 
 def _compare(first: list[_Step], steps: list[_Step]) -> None:
@@ -94,17 +105,11 @@ def _compare(first: list[_Step], steps: list[_Step]) -> None:
     raise RemovalError(
         f"Expected a forward that is the same for all data, but {first[at][0]} took another way "
         f"for another input of the same shape ({first[at][1]} in one, {steps[at][1]} in the "
-        "other), so no trace shows what it needs. Shrink the modules around it one by one."
+        f"other), so no trace shows what it needs. {_SHRINK_AROUND}"
     )
 
 
-def _asking(steps: list[_Step]) -> str:
-    return next((module for module, operation in steps if operation in READS), "the model")
-
-
-def _trace(
-    model: nn.Module, inputs: Any, told: tuple[bool, ...], run: Run
-) -> tuple[list[_Step], tuple[bool, ...]]:
+def _trace(model: nn.Module, inputs: Any, told: _Answers, run: Run) -> tuple[list[_Step], _Answers]:
     """Run the model; return its steps, and all answers that it was given."""
     recorder, questions = _Recorder(), Questions(told)
     handles = []
@@ -112,47 +117,37 @@ def _trace(
         label = f"{name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}"
         handles.append(module.register_forward_pre_hook(recorder.entering(label)))
         handles.append(module.register_forward_hook(recorder.leave))
-    fault, cause = None, None
     try:
         with recorder, questions:
             outputs = run(model, inputs)
-        if any(bool(output.isnan().any()) for output in outputs):
-            fault = "it returns NaN"  # with which everything would agree
+    except (RemovalError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         if not told:
             raise
-        fault, cause = f"{type(error).__name__}: {error}", error
+        raise _failed(recorder.steps, told, f"{type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    if recorder.number is not None:
-        module, operation = recorder.number
-        raise RemovalError(
-            f"Expected a forward that is the same for all data, but {module} reads a number out of "
-            f"a tensor ({operation}; `float(tensor)` or `.item()` do so), and what it does then no "
-            "trace shows. Shrink the modules around it one by one."
-        )
-    if told and fault is not None:
-        raise RemovalError(
-            f"Expected a forward that is the same for all data, but {_asking(recorder.steps)} asks "
-            f"its tensors (`if tensor:`), and where the answer is another one the model fails: "
-            f"{fault}. Shrink the modules around it one by one."
-        ) from cause
+    if told and not telling(outputs):
+        raise _failed(recorder.steps, told, "it returns NaN, or nothing finite")
     return recorder.steps, questions.answers
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operations of a pass, each with the innermost module that called it.
+def _failed(steps: list[_Step], told: _Answers, fault: str) -> RemovalError:
+    return RemovalError(
+        f"Expected a forward that is the same for all data, but {_asked(steps)[len(told) - 1]} "
+        "asks its tensors (`if tensor:`), and where the answer is another one the model fails: "
+        f"{fault}. {_SHRINK_AROUND}"
+    )
 
-    Attributes:
-        steps: All of them.
-        number: The first that read a number out of a tensor.
-    """
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operations of a pass, each with the innermost module that called it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[_Step] = []
-        self.number: _Step | None = None
         self.inside = ["the model"]
 
     def entering(self, label: str) -> Any:
@@ -171,9 +166,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = str(func._schema.name)
-        self.steps.append((self.inside[-1], name))
+        module, operation = self.inside[-1], str(func._schema.name)
+        self.steps.append((module, operation))
         result = func(*args, **(kwargs or {}))
-        if name in READS and type(result) is not bool and self.number is None:
-            self.number = self.steps[-1]
+        if operation in READS:
+            if type(result) is not bool:
+                raise RemovalError(
+                    f"Expected a forward that is the same for all data, but {module} reads a "
+                    f"number out of a tensor ({operation}; `float(tensor)` or `.item()` do so), "
+                    f"and what it does then no trace shows. {_SHRINK_AROUND}"
+                )
+            if len(_asked(self.steps)) >= WAYS:  # each of so many questions has another way
+                raise _too_many(module)
         return result

@@ -5,7 +5,6 @@ Enters: example inputs, and for the unlike ones the model. Leaves: inputs of the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_prune.removal.calls import copied
 from lightning_prune.removal.running import Run
 
 
@@ -84,7 +84,11 @@ def variants(inputs: Any, model: nn.Module, run: Run) -> list[Any]:
 def _is_taken(inputs: Any, model: nn.Module, run: Run) -> bool:
     inputs = pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs)
     with torch.no_grad():
-        outputs = run(copy.deepcopy(model).cpu(), inputs)
+        return telling(run(copied(model).cpu(), inputs))
+
+
+def telling(outputs: list[Tensor]) -> bool:
+    """Tell whether outputs prove anything when others agree with them: no NaN, nor infinite all."""
     return not any(bool(x.isnan().any()) for x in outputs) and all(
         bool(x.isfinite().any()) for x in outputs if x.numel()
     )

@@ -68,6 +68,11 @@ class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def answering(run: Run, answers: tuple[bool, ...]) -> Run:
+    """Return ``run`` with these answers to what the forward asks."""
+    return lambda model, inputs: run(model, Answered(inputs, answers))
+
+
 def runner(forward: Callable[[nn.Module, Any], Any] | None) -> Run:
     """Return the function that runs a model on inputs and lists the tensors of its output.
 
@@ -178,4 +183,6 @@ def floats_as(inputs: Any, dtype: torch.dtype | None) -> Any:
         own = leaf.detach().clone()
         return own.to(dtype) if dtype is not None and own.is_floating_point() else own
 
+    if isinstance(inputs, Answered):
+        return Answered(floats_as(inputs.inputs, dtype), inputs.answers)
     return pytree.tree_map(cast, outside_inference_mode(inputs))

@@ -7,7 +7,6 @@ kept whole and reported.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +19,16 @@ from torch import Tensor, nn
 from lightning_prune._types import Masks
 from lightning_prune.passes.isolation import eager, own_randomness, plain_attention
 from lightning_prune.removal import attention, layers
+from lightning_prune.removal.calls import copied
 from lightning_prune.removal.constants import observe
 from lightning_prune.removal.control_flow import ways_through
 from lightning_prune.removal.dead_units import Plan, plan
-from lightning_prune.removal.graph import Graph, load_torch_pruning
+from lightning_prune.removal.graph import Graph, Group, load_torch_pruning
+from lightning_prune.removal.other_ways import by_layer, obstacle_on
 from lightning_prune.removal.outcome import RemovalReport
 from lightning_prune.removal.probes import probes, variants
 from lightning_prune.removal.proof import COARSE, EXACT, RemovalError, check_rounding, disagreement
-from lightning_prune.removal.running import Run, floats_as, left_alone, runner
+from lightning_prune.removal.running import Answered, Run, answering, floats_as, left_alone, runner
 from lightning_prune.removal.surgery import Patient, masked_copy
 
 
@@ -115,12 +116,13 @@ def shrink_with_report(
         own = floats_as(example_inputs, None)
         example = floats_as(own, torch.float64) if exact else own
         given = probes(example)
-        ways = ways_through(patient.model, given, run)
-        unlike = [*variants(example, patient.model, run), *ways]
+        with torch.no_grad():
+            ways = ways_through(patient.model, given, run)
+            unlike = variants(example, patient.model, run)
         report = RemovalReport(parameters_before=_size(model), exact=exact)
-        patient = _Shrinking(patient, given, unlike, run, round_to, report).result()
+        patient = _Shrinking(patient, given, unlike, ways, run, round_to, report).result()
         small = patient.finished(model)
-        _check_own_dtype(masked, small, own, run, exact)
+        _check_own_dtype(masked, small, own, ways, run, exact)
         _note_result(model, small, patient, report)
     return small, report
 
@@ -133,13 +135,15 @@ class _Shrinking:
         patient: Patient,
         given: Sequence[Any],
         unlike: Sequence[Any],
+        ways: Sequence[tuple[bool, ...]],
         run: Run,
         round_to: int,
         report: RemovalReport,
     ) -> None:
         self.patient = patient
         self.given = given
-        self.unlike = unlike
+        self.unlike = [*unlike, *(Answered(each, way) for way in ways for each in given)]
+        self.ways = ways
         self.run = run
         self.round_to = round_to
         self.report = report
@@ -207,13 +211,16 @@ class _Shrinking:
         model = self.patient.model
         try:
             graph = Graph(model, self.given[0], self.run, {})
+            others = [self._groups_on(way) for way in self.ways]
         except Exception as error:  # noqa: BLE001 (torch-pruning fails in many ways)
             self.report.whole["the model"] = f"its layers' coupling could not be traced: {error!r}"
             return []
         arriving = observe(model, self.given, self.unlike, self.run)
         found = []
         for group in graph.groups():
-            obstacle = group.obstacle or self.refused.get(group.root)
+            elsewhere = (obstacle_on(way, group) for way in others)
+            obstacle = group.obstacle or next(filter(None, elsewhere), None)
+            obstacle = obstacle or self.refused.get(group.root)
             if obstacle is not None:
                 made = [link.name for link in group.links if link.side == "outputs"]
                 self.report.whole.update(dict.fromkeys(made or [group.root], obstacle))
@@ -232,6 +239,11 @@ class _Shrinking:
                 continue
             found.append(each)
         return found
+
+    def _groups_on(self, way: tuple[bool, ...]) -> dict[str, Group]:
+        """Return the groups of another way, on a copy: it may leave behind what none else does."""
+        run = answering(self.run, way)
+        return by_layer(Graph(copied(self.patient.model), self.given[0], run, {}).groups())
 
     def _try(self, plans: Sequence[Plan]) -> str | None:
         """Cut, and return what then is wrong."""
@@ -256,7 +268,7 @@ class _Shrinking:
     def _outputs(self, model: nn.Module) -> list[list[Tensor]]:
         with torch.no_grad():
             found = [self.run(model, each) for each in self.given]
-            return found + [self.run(copy.deepcopy(model), each) for each in self.unlike]
+            return found + [self.run(copied(model), each) for each in self.unlike]
 
 
 @contextmanager
@@ -284,13 +296,19 @@ def _runs_in_double(masked: nn.Module, inputs: Any, run: Run) -> bool:
 
 
 def _check_own_dtype(
-    masked: nn.Module, small: nn.Module, inputs: Any, run: Run, exact: bool
+    masked: nn.Module,
+    small: nn.Module,
+    inputs: Any,
+    ways: Sequence[tuple[bool, ...]],
+    run: Run,
+    exact: bool,
 ) -> None:
     twin = masked_copy(small, None)
     double = Patient(masked, double=True).model if exact else None
     reference, want, got = [], [], []
     with torch.no_grad():
-        for each in probes(inputs):
+        # The inputs' own answers first: another way may leave behind what it never would.
+        for each in [*probes(inputs), *(Answered(inputs, way) for way in ways)]:
             want += run(masked, each)
             got += run(twin, each)
             if double is not None:

@@ -188,10 +188,16 @@ class Gate(nn.Module):
             return x * x.sum().item()
         while self.kind == "loop" and x.abs().max() > 1.0:
             x = x / 2
+        if self.kind == "harmless" and (x == 0.125).all():
+            return x + 0.5
         if self.kind == "fails" and x.isnan().any():
             raise ValueError("not a number")
         if self.kind == "nan" and (x < 0).any():
             return x / 0.0 * 0.0
+        if self.kind == "infinite" and (x < 0).any():
+            return x + float("inf")
+        if self.kind == "random elsewhere" and (x < 0).any():
+            return F.dropout(x, 0.5, training=True)
         return F.dropout(x, 0.5, training=True) if self.kind == "random" else x
 
 
@@ -203,13 +209,65 @@ class Gate(nn.Module):
         ("loop", r"at most 8 ways, but '2' \(Gate\) asks"),
         ("fails", r"'2' \(Gate\) asks its tensors .* fails: ValueError: not a number"),
         ("nan", r"'2' \(Gate\) asks its tensors .* fails: it returns NaN"),
+        ("infinite", r"'2' \(Gate\) asks its tensors .* fails: it returns NaN, or nothing finite"),
         ("random", "draws random numbers"),
+        ("random elsewhere", "draws random numbers"),
     ],
 )
 def test_a_forward_that_depends_on_the_data_is_refused(kind: str, why: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Gate(kind), nn.Linear(6, 2))
     with pytest.raises(RemovalError, match=why):
         shrink(model, example_inputs=X)
+
+
+def test_a_loop_that_another_answer_would_make_endless_is_refused() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.zeros(())
+            while steps != 2.0:
+                steps = steps + 1
+            return x * steps
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Counting(), nn.Linear(6, 2))
+    with pytest.raises(RemovalError, match=r"at most 8 ways, but '2' \(Counting\) asks"):
+        shrink(model, example_inputs=X)
+
+
+def test_the_module_whose_answer_was_another_is_named() -> None:
+    parts = [nn.Linear(4, 6), Gate("harmless"), nn.ReLU(), Gate("fails"), nn.Linear(6, 2)]
+    with pytest.raises(RemovalError, match=r"'3' \(Gate\) asks"):
+        shrink(nn.Sequential(*parts), example_inputs=X)
+
+
+def test_a_model_that_keeps_what_it_computed() -> None:
+    class Keeping(Gate):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = x
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Keeping("harmless"), nn.Linear(6, 2))
+    nn.init.zeros_(model[3].weight[:, :3])
+    assert shrink(model, example_inputs=X)[0].out_features == 3
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_what_another_way_may_mix_is_not_cut(ones: bool) -> None:
+    """Which hidden unit is the largest cannot be proved by any number of samples."""
+
+    def largest(m: Any, x: Tensor, weights: Tensor) -> Tensor:
+        hidden = m.a(x).relu()
+        if (weights == 1).all():
+            return m.b(hidden)
+        return m.b(hidden) * hidden.amax(1, keepdim=True)
+
+    model = Mapped({"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)}, largest)
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+        model.a.bias[:3], model.a.bias[3:] = 0.0, 100.0  # never the largest here
+    weights = torch.ones(5, 1) if ones else torch.arange(5.0)[:, None]
+    small, report = shrink_with_report(model, example_inputs=(X, weights))
+    assert small.a.out_features == 6
+    assert "may mix channels (AmaxBackward0)" in report.whole["a"]
 
 
 def asking(m: Any, x: Tensor, weights: Tensor) -> Tensor:
