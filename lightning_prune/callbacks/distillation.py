@@ -44,8 +44,8 @@ class DistillationCallback(Callback):
     hooks and counters see two passes, of which the student's is the last. What ``forward`` logs
     by ``self.log`` is the student's only.
 
-    The divergence is the mean over the predictions of a call, those labelled -100 left out, so it
-    stands beside a loss that is a mean too, as torch's are by default. With
+    The divergence is the mean over the predictions of a call, without positions whose labels in the
+    batch are -100, so it stands beside a loss that is a mean too, as torch's are by default. With
     ``accumulate_grad_batches``, mixed precision and DDP it is divided, scaled and averaged as
     Lightning does it with the loss. With manual optimization it joins what goes through
     ``self.manual_backward``, and a loss that is divided by hand has a term that is not.

@@ -8,7 +8,7 @@ before one of them changes the weights.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -32,7 +32,7 @@ class Chosen:
         scores: The criterion's, by which it was chosen.
         before: The masks until then.
         selected: The masks from then on, and what the guard has kept.
-        unread: What to warn of look-up tables, if anything.
+        unread: What to warn of look-up tables.
         seconds: The time it took to choose.
     """
 
@@ -40,7 +40,7 @@ class Chosen:
     scores: Scores
     before: Masks
     selected: Selected
-    unread: str | None
+    unread: list[str]
     seconds: float
 
     def record(self, step: int, seconds: float) -> PruningRecord:
@@ -65,6 +65,7 @@ class Chooser:
     criterion: Criterion
     selection: Selection
     refitter: Refitter
+    _told: set[str] = field(default_factory=set)
 
     def __call__(
         self,
@@ -98,9 +99,9 @@ class Chooser:
             scores = self.criterion(raw, parameters)
             saliency = raw if self.criterion.needs_scores else None
             selected = self.selection(scores, event.target, masks=masks, saliency=saliency)
-        unread = None
-        if saliency is not None:
-            unread = unread_rows(module, saliency, masks, selected.masks)
+        found = {} if saliency is None else unread_rows(module, saliency, masks, selected.masks)
+        unread = [line for name, line in found.items() if name not in self._told]
+        self._told.update(found)
         return Chosen(event, scores, masks, selected, unread, time.perf_counter() - start)
 
 
@@ -109,6 +110,6 @@ def tell(trainer: Trainer, chosen: Chosen, record: PruningRecord, prefix: str) -
     rank_zero_info(reporting.event_line(record))
     if guarded := chosen.selected.guarded:
         rank_zero_warn(reporting.guarded_line(record["epoch"], guarded, record["density"]))
-    if chosen.unread is not None:
-        rank_zero_warn(f"Epoch {record['epoch']}: {chosen.unread}")
+    for line in chosen.unread:
+        rank_zero_warn(f"Epoch {record['epoch']}: {line}")
     reporting.log_histograms(trainer, chosen.scores, chosen.before, prefix)

@@ -139,9 +139,10 @@ class LogitTerm:
         # miss this when it repeats the call: kept out of its sight.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             student, dense = self._predictions(student, dense)
-            if not student.numel():
-                return
-            loss = distillation_loss(student, dense, self.likelihood, self.temperature)
+            if student.numel():
+                loss = distillation_loss(student, dense, self.likelihood, self.temperature)
+            else:  # all labels are ignored
+                loss = student.sum()
             (gradient,) = torch.autograd.grad(loss, leaf)
         if self.dense.teacher is not None:
             hook = self._mixture(loss.detach(), gradient)

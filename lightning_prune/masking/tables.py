@@ -11,11 +11,11 @@ from torch import nn
 from lightning_prune._types import Masks, Scores
 
 
-def unread_rows(model: nn.Module, saliency: Scores, before: Masks, after: Masks) -> str | None:
-    """Return what to warn of: rows that went because no scored sample has read them.
+def unread_rows(model: nn.Module, saliency: Scores, before: Masks, after: Masks) -> dict[str, str]:
+    """Return what to warn of, by table: rows that went with R = 0.
 
-    R of such a row is 0, whatever it is worth: of a vocabulary few words are in a validation set.
-    Said of a table when the first of them go.
+    R of a row that no scored sample reads is 0, whatever it is worth: of a vocabulary few words are
+    in a validation set.
 
     Args:
         model: The model; its ``nn.Embedding`` and ``nn.EmbeddingBag`` are looked at.
@@ -24,16 +24,14 @@ def unread_rows(model: nn.Module, saliency: Scores, before: Masks, after: Masks)
         after: Those after it.
 
     Example:
-        >>> table = nn.Embedding(3, 2)
-        >>> r = {"weight": torch.tensor([[0.0, 0.1], [0.0, 0.0], [0.2, 0.3]])}
-        >>> kept = torch.ones(3, 2, dtype=torch.bool)
-        >>> print(unread_rows(table, r, {"weight": kept}, {"weight": r["weight"] > 0}))
-        weight: 1 of 3 rows took part in no scored sample: their R is 0, and 1 of them is gone now.
-        Inputs with them (other words, later positions) read zeros.
-        Score samples that have them, or leave the table out: exclude=['weight'].
+        >>> table = nn.Embedding(4, 2)
+        >>> r = {"weight": torch.tensor([[0.0, 0.1], [0.0, 0.0], [0.0, 0.0], [0.2, 0.3]])}
+        >>> after = {"weight": torch.tensor([True, True, False, True])[:, None].expand(4, 2)}
+        >>> unread_rows(table, r, {}, after)["weight"].split(", as ")[0]
+        'weight: 2 of 4 rows have R = 0'
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    lines = []
+    found = {}
     for module in model.modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
@@ -44,13 +42,13 @@ def unread_rows(model: nn.Module, saliency: Scores, before: Masks, after: Masks)
         if module.padding_idx is not None:
             unread[module.padding_idx] = False  # has no gradient by its nature
         alive = before[name].any(1) if name in before else torch.ones_like(unread)
-        gone = int((unread & alive & ~after[name].any(1)).sum())
-        if not gone or bool((unread & ~alive).any()):  # nothing new, or said before
-            continue
-        lines += [
-            f"{name}: {int(unread.sum()):,} of {len(unread):,} rows took part in no scored sample: "
-            f"their R is 0, and {gone:,} of them {'is' if gone == 1 else 'are'} gone now.",
-            "Inputs with them (other words, later positions) read zeros.",
-            f"Score samples that have them, or leave the table out: exclude=[{name!r}].",
-        ]
-    return "\n".join(lines) or None
+        unread &= alive
+        if gone := int((unread & ~after[name].any(1)).sum()):
+            found[name] = (
+                f"{name}: {int(unread.sum()):,} of {len(unread):,} rows have R = 0, as no scored "
+                "sample reads them (or none whose prediction is in doubt). Such rows are the first "
+                f"to go: {gone:,} of them with this event. Inputs with them (other words, later "
+                "positions) read zeros. Score more samples, or leave the table out: "
+                f"exclude=[{name!r}]."
+            )
+    return found

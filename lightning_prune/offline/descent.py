@@ -114,13 +114,12 @@ class Descent:
         calibration = self._calibration(dense, fit, held_out, extra)
         masks = complete_masks(dict(parameters), masks)
         corrected, left, guarded = set[str](), dict[str, str](), list[str]()
-        unread: list[str] = []
+        unread: dict[str, str] = {}
         for share in path:
             scores, saliency = self.scoring([*real, *extra], masks)
             selected = self.selection(scores, share, masks=masks, saliency=saliency)
             if saliency is not None:
-                found = unread_rows(model, saliency, masks, selected.masks)
-                unread += [found] if found else []
+                unread = {**unread_rows(model, saliency, masks, selected.masks), **unread}
             masks, guarded = selected.masks, selected.guarded
             zero_removed(parameters, masks)
             if self.method is not None and count_removed(masks)[0]:
@@ -128,7 +127,7 @@ class Descent:
                 corrected.update(report.refitted)
                 left = report.left
         left = {n: why for n, why in left.items() if n not in corrected}
-        return Pruned(masks, guarded, left, unread)
+        return Pruned(masks, guarded, left, list(unread.values()))
 
     def trial(self, path: list[float], masks: Masks | None) -> Trial:
         """Return a way down that is taken back: batches -> how far it leads from the dense model.

@@ -101,7 +101,7 @@ def prune(  # noqa: PLR0913  (options of users, given by name)
         NonFiniteScoresError: A score is not finite.
 
     Warns about parameters that no stage's refit could correct, and says why; and about rows of
-    look-up tables that go because no sample has read them.
+    look-up tables that go with R = 0, as no sample reads them.
 
     Cost: a stage takes the time of one scoring pass (about one forward and backward pass over the
     batches), and of the refit where there is one.

@@ -67,19 +67,21 @@ def group_rows(
     counts, order = counts.sort(descending=True, stable=True)
     most = max(1, workspace // (4 * 8 * max(1, rows.shape[1:].numel())))
     room = max(1, workspace // (4 * max(1, width)))
-    cuts, cost = _cuts(counts.tolist(), launch)
+    needed = counts.tolist()
+    pieces = _pieces(needed, _cuts(needed, launch), most, room)
+    cost = sum(launch + _group_cost(b - a, needed[a], launch) for a, b in pieces)
     size = min(rows.shape[0], most, room)
     single = len(sample) * (FORWARD + BACKWARD) + -(-len(sample) // size) * 2 * launch
     if alone:
         cost += len(present) * (FORWARD + launch)
         single += len(sample) * (FORWARD + launch)
-    if int(counts[0]) > most or cost > single:
+    if needed[0] > most or cost > single:
         return _single_rows(rows, size)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     place = rank.repeat_interleave(counts[rank])
     groups = []
-    for start, stop in _pieces(counts.tolist(), cuts, most, room):
+    for start, stop in pieces:
         mine = (place >= start) & (place < stop)
         groups.append(
             Group(
@@ -122,8 +124,8 @@ def _single_rows(rows: Rows, size: int) -> list[Group]:
     ]
 
 
-def _cuts(counts: list[int], launch: float) -> tuple[list[int], float]:
-    """Return the cheapest places to cut samples sorted by falling counts, and what that costs.
+def _cuts(counts: list[int], launch: float) -> list[int]:
+    """Return the cheapest places to cut samples sorted by falling counts.
 
     Cuts lie where the count changes; ``best[i]`` is the least cost of the samples up to i.
     """
@@ -139,7 +141,7 @@ def _cuts(counts: list[int], launch: float) -> tuple[list[int], float]:
     while before[at]:
         at = before[at]
         cuts.insert(0, at)
-    return cuts, best[len(counts)]
+    return cuts
 
 
 def _group_cost(samples: int, passes: int, launch: float) -> float:

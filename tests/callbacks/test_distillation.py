@@ -248,7 +248,7 @@ def test_logits_of_other_kinds_and_shapes(likelihood) -> None:
 
 def test_positions_that_labels_leave_out_have_no_term() -> None:
     class Tokens(Model):
-        """Two predictions of five classes a sample; its loss is 0 and keeps the logits."""
+        """Two predictions of five classes a sample; its loss is their sum, and keeps the logits."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x).reshape(-1, 5, 2)
@@ -256,10 +256,16 @@ def test_positions_that_labels_leave_out_have_no_term() -> None:
         def loss(self, batch: Any) -> torch.Tensor:
             self.kept = self(batch[0])
             self.kept.retain_grad()
-            return 0.0 * self.kept.sum()
+            return self.kept.sum()
 
     x = digits()[0][:BATCH]
-    labels = torch.zeros(BATCH, 2, dtype=torch.long)
+    labels = torch.full((BATCH, 2), -100)
+    model = Tokens()
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[callback(), Recorder()])
+    trainer.fit(model, DataLoader(TensorDataset(x, labels), BATCH))
+    # The user's loss keeps its share all the same, and all of its gradient is 1 here.
+    torch.testing.assert_close(model.kept.grad, torch.full((BATCH, 5, 2), 1 - WEIGHT))
+    labels[:] = 0
     labels[::3, 1] = labels[5] = -100
     model, recorder = Tokens(), Recorder()
     trainer = L.Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[callback(), recorder])
@@ -270,7 +276,8 @@ def test_positions_that_labels_leave_out_have_no_term() -> None:
     p, q = (t / TEMPERATURE).softmax(1), (z / TEMPERATURE).softmax(1)
     counted = (labels != -100)[:, None]
     expected = counted * TEMPERATURE * (q - p) / counted.sum()  # the closed form
-    torch.testing.assert_close(model.kept.grad.double(), WEIGHT * expected, rtol=1e-4, atol=1e-7)
+    mixed = (1 - WEIGHT) + WEIGHT * expected
+    torch.testing.assert_close(model.kept.grad.double(), mixed, rtol=1e-6, atol=1e-7)
     kd = TEMPERATURE**2 * (counted * p * (p.log() - q.log())).sum() / counted.sum()
     assert trainer.callback_metrics["distill/loss"] == pytest.approx(float(kd), rel=1e-4)
 

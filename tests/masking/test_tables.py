@@ -40,7 +40,7 @@ def told(run: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
-    return [str(w.message) for w in caught if "took part in no scored sample" in str(w.message)]
+    return [str(w.message) for w in caught if "rows have R = 0" in str(w.message)]
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -61,7 +61,7 @@ def test_in_a_fit_once_a_table() -> None:
     assert len(lines) == 1
     # 14 weights from the end: padding, two rows of four and a part of the next.
     assert "Epoch 0: table.weight: 8 of 18 rows" in lines[0]
-    assert "2 of them are gone now" in lines[0]
+    assert "the first to go: 2 of them with this event" in lines[0]
     assert not pruner.masks["table.weight"][9:17].any()
 
 
@@ -70,8 +70,10 @@ def test_a_tied_table_is_known_by_the_name_that_scores_have() -> None:
     model["table"].weight = model["head"].weight
     scores = {"head.weight": torch.tensor([[1.0], [0.0], [0.0]]).expand(3, 4)}
     kept = {"head.weight": scores["head.weight"] > 0}
-    assert "head.weight: 2 of 3 rows" in str(unread_rows(model, scores, {}, kept))
+    assert "head.weight: 2 of 3 rows" in unread_rows(model, scores, {}, kept)["head.weight"]
     half = {"head.weight": torch.tensor([True, True, False])[:, None].expand(3, 4)}
-    assert "1 of them is gone" in str(unread_rows(model, scores, {}, half))
-    assert unread_rows(model, scores, half, kept) is None  # was said when the first of them went
-    assert unread_rows(model, scores, {}, {"head.weight": torch.ones(3, 4).bool()}) is None
+    assert "go: 1 of them" in unread_rows(model, scores, {}, half)["head.weight"]
+    # What went before, for whatever reason, is no news; what goes now is.
+    assert "1 of 3 rows" in unread_rows(model, scores, half, kept)["head.weight"]
+    assert unread_rows(model, scores, kept, kept) == {}
+    assert unread_rows(model, scores, {}, {"head.weight": torch.ones(3, 4).bool()}) == {}
