@@ -304,7 +304,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     question, _, rest = str(__doc__).partition("\n")
     print(f"# {question}\n")
-    print(rest.split("\n\n", 2)[2].strip(), "\n")
+    print(rest.split("\n\n", 1)[1])
     print(
         f"Made by `python benchmarks/architectures.py`, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, one thread.\n"
