@@ -50,15 +50,14 @@ def ways_through(model: nn.Module, inputs: Sequence[Any], run: Run) -> list[_Ans
             numbers in eval mode.
     """
     steps: dict[_Answers, list[_Step]] = {}
-    ways: list[_Answers] = []
     for each in inputs:
         for answers, found in _traces(model, each, run).items():
             _compare(steps.setdefault(answers, found), found)
-            ways.append(answers)
-    own, *others = dict.fromkeys(ways)
-    for answers in (own, *others):
-        one, two = (run(copied(model), Answered(inputs[0], answers)) for _ in range(2))
-        off, where = disagreement(one, two)
+    _, *others = steps
+    own = (model, model, inputs[0])  # the same model twice: it may keep a state
+    ways = [(copied(model), copied(model), Answered(inputs[0], answers)) for answers in others]
+    for one, two, each in (own, *ways):
+        off, where = disagreement(run(one, each), run(two, each))
         if off:
             raise RemovalError(
                 "Expected the same output from the same input twice in eval mode, but "

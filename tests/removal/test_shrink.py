@@ -196,6 +196,9 @@ class Gate(nn.Module):
             return x / 0.0 * 0.0
         if self.kind == "infinite" and (x < 0).any():
             return x + float("inf")
+        if self.kind == "state":
+            self.calls = getattr(self, "calls", 0) + 1
+            return x * self.calls
         if self.kind == "random elsewhere" and (x < 0).any():
             return F.dropout(x, 0.5, training=True)
         return F.dropout(x, 0.5, training=True) if self.kind == "random" else x
@@ -212,6 +215,7 @@ class Gate(nn.Module):
         ("infinite", r"'2' \(Gate\) asks its tensors .* fails: it returns NaN, or nothing finite"),
         ("random", "draws random numbers"),
         ("random elsewhere", "draws random numbers"),
+        ("state", "keeps a state"),
     ],
 )
 def test_a_forward_that_depends_on_the_data_is_refused(kind: str, why: str) -> None:
