@@ -54,9 +54,9 @@ def ways_through(model: nn.Module, inputs: Sequence[Any], run: Run) -> list[_Ans
         for answers, found in _traces(model, each, run).items():
             _compare(steps.setdefault(answers, found), found)
     _, *others = steps
-    own = (model, model, inputs[0])  # the same model twice: it may keep a state
-    ways = [(copied(model), copied(model), Answered(inputs[0], answers)) for answers in others]
-    for one, two, each in (own, *ways):
+    for each in (inputs[0], *(Answered(inputs[0], answers) for answers in others)):
+        # On its own way the same model twice: it may keep a state.
+        one, two = (model, model) if each is inputs[0] else (copied(model), copied(model))
         off, where = disagreement(run(one, each), run(two, each))
         if off:
             raise RemovalError(
