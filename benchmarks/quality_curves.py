@@ -52,10 +52,10 @@ def draw(tables: dict[str, Table], network: str, file: Path) -> None:
     plt.rcParams.update({
         "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left",
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET,
-        "text.color": INK, "legend.frameon": False, "legend.fontsize": 8,
+        "text.color": INK, "legend.frameon": False, "legend.fontsize": 7.5,
     })  # fmt: skip
     figure, panels = plt.subplots(
-        1, len(families), figsize=(4.6 * len(families), 3.5), layout="constrained", squeeze=False
+        1, len(families), figsize=(4.8 * len(families), 4.1), layout="constrained", squeeze=False
     )
     for axes, family in zip(panels[0], families, strict=True):
         _panel(axes, tables[family], family)
@@ -98,7 +98,10 @@ def _panel(axes: Axes, table: Table, family: str) -> None:
     bottom = max(0.0, dense - (45 if family == "no-retraining" else 20))
     top = max(best, *(height for height, _ in lines.values()))
     axes.set_ylim(bottom, min(100.0, top) + 0.5)
-    axes.legend(loc="lower left")
+    # Below, not in the panel: the weak arms fall through its empty corner.
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.47, -0.17), ncols=3, columnspacing=1, handlelength=1.7
+    )
 
 
 def _top(values: dict[int, float]) -> float:
